@@ -1,0 +1,82 @@
+"""From a plan to arrays: the one place where labels are shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ringweave.data_pipes.pack import Pack, PackPlan, Piece
+from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.segment import MODALITY_ID, Document, Segment
+
+PAD_ID = 0
+
+
+def materialise(plan: PackPlan, document_of: Callable[[Piece], Document]) -> Pack:
+    """Reads the documents of a plan into a `Pack`.
+
+    The target of a slot is the next token of its *document*, also where that token lies in the next piece
+    of a split document; the last token of a document has none. Raises DataError if a piece reaches beyond
+    its document or the pieces beyond the context.
+    """
+    if plan.tokens > plan.context:
+        raise DataError(f"pack {plan.index} holds {plan.tokens} tokens in a context of {plan.context}")
+    size = plan.context
+    pack = Pack(
+        plan=plan,
+        ids=np.full(size, PAD_ID, np.int32),
+        doc=np.full(size, -1, np.int32),
+        order=np.zeros(size, np.int32),
+        positions=np.zeros((size, 4), np.int32),
+        modality=np.zeros(size, np.int8),
+        targets=np.full(size, -1, np.int32),
+        target_modality=np.zeros(size, np.int8),
+        weights=np.zeros(size, np.float32),
+    )
+    at = 0
+    for number, piece in enumerate(plan.pieces):
+        _write(pack, at, number, piece, document_of(piece))
+        at += len(piece)
+    return pack
+
+
+def _write(pack: Pack, at: int, number: int, piece: Piece, document: Document) -> None:
+    """Writes one piece to slots at, at + 1, ... of the pack."""
+    stop = at + len(piece)
+    pack.doc[at:stop] = number
+    pack.order[at:stop] = np.arange(len(piece), dtype=np.int32)
+    begin = 0  # of the segment, inside the document
+    for segment in document.segments:
+        end = begin + len(segment)
+        _write_inputs(pack, at - piece.start, begin, segment, piece.start, piece.end)
+        # A token t of the document is the target of slot t - 1: the window moves on by one.
+        _write_targets(pack, at - piece.start - 1, begin, segment, piece.start + 1, piece.end + 1)
+        begin = end
+    if piece.end > begin:
+        raise DataError(
+            "a plan asks for tokens beyond the end of a document",
+            where=f"{piece.source}#{document.key}",
+            why=f"tokens {piece.start}..{piece.end} of {begin}",
+            fix="the token cache changed under the plan: resume with the data of the checkpoint",
+        )
+
+
+def _write_inputs(pack: Pack, shift: int, begin: int, segment: Segment, start: int, end: int) -> None:
+    """Copies document tokens [start, end) as far as they lie in the segment that starts at `begin`."""
+    low, high = max(start, begin), min(end, begin + len(segment))
+    if low < high:
+        slots, inside = slice(low + shift, high + shift), slice(low - begin, high - begin)
+        pack.ids[slots] = segment.ids[inside]
+        pack.positions[slots] = segment.positions[inside]
+        pack.modality[slots] = MODALITY_ID[segment.modality]
+
+
+def _write_targets(pack: Pack, shift: int, begin: int, segment: Segment, start: int, end: int) -> None:
+    """The same for targets, with modality and weight of the segment that holds the target."""
+    low, high = max(start, begin), min(end, begin + len(segment))
+    if low < high:
+        slots, inside = slice(low + shift, high + shift), slice(low - begin, high - begin)
+        pack.targets[slots] = segment.ids[inside]
+        pack.target_modality[slots] = MODALITY_ID[segment.modality]
+        pack.weights[slots] = segment.weight if segment.role == "target" else 0.0

@@ -1,0 +1,89 @@
+"""Run a function on N gloo processes of this machine, with a timeout and failures named by rank.
+
+For tests and `ringweave verify`; training is launched by torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class WorkersFailed(RuntimeError):
+    """One or more ranks failed or did not finish; the message holds each one's traceback."""
+
+
+def _worker(rank: int, world: int, store: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        )
+        out.put((rank, True, fn(*args)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        out.put((rank, False, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240.0, collective: float = 60.0) -> list[Any]:
+    """`fn(*args)` on `world` ranks; the results in rank order. `fn` must be importable (a module-level function).
+
+    timeout: seconds for the whole; collective: seconds for any one collective. Raises WorkersFailed.
+    """
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    with tempfile.TemporaryDirectory() as place:
+        store = str(Path(place) / "store")
+        workers = [
+            context.Process(target=_worker, args=(r, world, store, collective, fn, args, out), daemon=True)
+            for r in range(world)
+        ]
+        for w in workers:
+            w.start()
+        try:
+            return _collect(workers, out, time.monotonic() + timeout)
+        finally:
+            for w in workers:
+                w.join(timeout=5)
+                if w.is_alive():
+                    w.kill()
+
+
+def _collect(workers: list[Any], out: Any, deadline: float) -> list[Any]:
+    world = len(workers)
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    while len(results) + len(failures) < world:
+        try:
+            rank, fine, value = out.get(timeout=0.5)
+            (results if fine else failures)[rank] = value
+        except queue.Empty:
+            dead = [r for r, w in enumerate(workers) if w.exitcode not in (None, 0) and r not in failures]
+            late = time.monotonic() > deadline
+            if not (late or dead) or (dead and not late and out.qsize()):
+                continue
+            for r in range(world):
+                if r not in results and r not in failures:
+                    code = workers[r].exitcode
+                    failures[r] = f"exited with {code}" if code is not None else "did not finish"
+            break
+        if failures and time.monotonic() + 5 < deadline:
+            deadline = time.monotonic() + 5  # the others are probably waiting for the failed one
+    if failures:
+        text = "\n".join(f"--- rank {r} of {world}:\n{failures[r]}" for r in sorted(failures))
+        raise WorkersFailed(f"{len(failures)} of {world} ranks failed\n{text}")
+    return [results[r] for r in range(world)]

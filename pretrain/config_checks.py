@@ -1,0 +1,176 @@
+"""Rules that span several config keys. Pure functions; messages carry the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ringweave.pretrain.config_schema import ModelSection, RunConfig, Stage
+
+#: What a plan may name, in the order of docs/config.md. A trailing "?" makes the item optional.
+PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video")
+
+#: The plan of each source of the demo data, for commands that are given no config.
+DEFAULT_PLANS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "image": ("caption", "image"),
+    "rgba": ("caption", "rgba"),
+    "score": ("score",),
+    "audio": ("audio",),
+    "video": ("caption", "video"),
+}
+
+Finding = tuple[tuple[str | int, ...], str, str]
+
+
+class CrossFieldError(Exception):
+    """Raised inside validation; `findings` are (path, message, hint). The loader makes it a ConfigError."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__("; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text, _ in findings))
+
+
+def check_plan_item(item: str) -> None:
+    """ValueError unless `item` is a known plan item, optionally with a trailing `?`."""
+    if item.removesuffix("?") not in PLAN_ITEMS:
+        raise ValueError(
+            f"expected plan items of {', '.join(PLAN_ITEMS)} (each may end in '?'), got {item!r}"
+        )
+
+
+def cross_problems(config: RunConfig, *, world: int | None = None) -> list[Finding]:
+    """Everything that is impossible about `config`; `world` is the number of processes, when known."""
+    return [
+        *_model_problems(config.model),
+        *_data_problems(config),
+        *_world_problems(config, world),
+        *(
+            found
+            for i, stage in enumerate(config.stages)
+            for found in _stage_problems(config.model, stage, i)
+        ),
+    ]
+
+
+def _model_problems(model: ModelSection) -> Iterator[Finding]:
+    width, heads, kv_heads = model.width, model.heads, model.kv_heads
+    if width % heads:
+        yield (
+            ("model", "heads"),
+            f"width {width} is not divisible by heads {heads}",
+            "choose heads that divide width",
+        )
+    elif (width // heads) % 2:
+        yield (
+            ("model", "heads"),
+            f"head size width / heads = {width} / {heads} = {width // heads} is odd",
+            "rotary positions need an even head size",
+        )
+    if heads % kv_heads:
+        yield (
+            ("model", "kv_heads"),
+            f"heads {heads} is not divisible by kv_heads {kv_heads}",
+            "each key-value head serves the same number of heads",
+        )
+
+
+def _data_problems(config: RunConfig) -> Iterator[Finding]:
+    names = [source.name for source in config.data.sources]
+    for name, count in Counter(names).items():
+        if count > 1:
+            last = len(names) - 1 - names[::-1].index(name)
+            yield (
+                ("data", "sources", last, "name"),
+                f"source name {name!r} is used {count} times",
+                "rename one",
+            )
+    if not any(source.weight > 0 for source in config.data.sources):
+        yield ("data", "sources"), "every source has weight 0", "give at least one source a weight above 0"
+    for i, stage in enumerate(config.stages):
+        if stage.weights is None:
+            continue
+        for name in stage.weights:
+            if name not in names:
+                yield (
+                    ("stages", i, "weights", name),
+                    f"weights of stage {i} name an unknown source {name!r}",
+                    f"sources are {', '.join(names)}",
+                )
+        if not any(stage.weights.get(name, 0) > 0 for name in names):
+            yield (
+                ("stages", i, "weights"),
+                f"weights of stage {i} leave no source",
+                "give one a weight above 0",
+            )
+
+
+def _world_problems(config: RunConfig, world: int | None) -> Iterator[Finding]:
+    first = config.stages[0].layout.world
+    for i, stage in enumerate(config.stages):
+        layout = stage.layout
+        sizes = f"dp {layout.dp}, pp {layout.pp}, tp {layout.tp}, sp {layout.sp}"
+        if world is not None and layout.world != world:
+            yield (
+                ("stages", i, "layout"),
+                f"dp·pp·tp·sp = {layout.world}, world = {world} ({sizes})",
+                f"change the layout so that the product is {world}, or start {layout.world} processes",
+            )
+        elif world is None and layout.world != first:
+            yield (
+                ("stages", i, "layout"),
+                f"dp·pp·tp·sp = {layout.world}, but stage 0 has {first} ({sizes})",
+                "all stages run on the same processes, so all products must be equal",
+            )
+
+
+def _stage_problems(model: ModelSection, stage: Stage, i: int) -> Iterator[Finding]:
+    layout, at = stage.layout, ("stages", i, "layout")
+    for name, value in (("heads", model.heads), ("kv_heads", model.kv_heads), ("ffn", model.ffn)):
+        if value % layout.tp:
+            yield (
+                (*at, "tp"),
+                f"model.{name} = {value} is not divisible by tp = {layout.tp}",
+                f"choose tp that divides {value}",
+            )
+    if model.layers < layout.pp:
+        yield (
+            (*at, "pp"),
+            f"model.layers = {model.layers} is less than pp = {layout.pp}",
+            "a pipeline rank needs a layer",
+        )
+    if stage.context < 2 * layout.sp:
+        yield (
+            (*at, "sp"),
+            f"context = {stage.context} is less than 2·sp = {2 * layout.sp}",
+            "every ring rank needs two chunks of the sequence",
+        )
+    if stage.batch % layout.dp:
+        yield (
+            ("stages", i, "batch"),
+            f"batch = {stage.batch} is not divisible by dp = {layout.dp}",
+            f"every dp rank takes batch / dp packs; {_nearest_multiple(stage.batch, layout.dp)} would do",
+        )
+        return
+    per_rank = stage.batch // layout.dp
+    if per_rank % stage.micro_batch:
+        yield (
+            ("stages", i, "micro_batch"),
+            f"batch / dp = {stage.batch} / {layout.dp} = {per_rank} is not divisible by "
+            f"micro_batch = {stage.micro_batch}",
+            "choose micro_batch that divides batch / dp",
+        )
+    elif stage.micro_batches < layout.pp:
+        need = layout.pp * layout.dp * stage.micro_batch
+        yield (
+            ("stages", i, "batch"),
+            f"micro-batches per rank = batch / dp / micro_batch = {stage.micro_batches} "
+            f"is less than pp = {layout.pp}",
+            f"a pipeline of {layout.pp} needs batch of at least {need}",
+        )
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)

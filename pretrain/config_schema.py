@@ -1,0 +1,256 @@
+"""The config of a run as frozen pydantic models: every key, its type, its default. No torch here.
+
+Unknown keys are errors. Rules that span several keys are in `config_checks.py`; reading files, overrides and
+messages with line numbers in `config.py`. docs/config.md describes each key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ringweave.pretrain.config_checks import CrossFieldError, check_plan_item, cross_problems
+from ringweave.pretrain.errors import redact
+from ringweave.pretrain.units import Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
+
+#: Names of tokenizers/segment.py's MODALITIES; repeated here so that reading a config imports no numpy.
+MODALITIES = ("control", "text", "image", "rgba", "video", "audio", "score")
+
+Count = Annotated[Whole, Field(ge=1)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Name, seed and folder of the run."""
+
+    name: Text
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    dir: Text
+
+
+class TokenizersSection(Section):
+    """Folder of a fitted tokenizer set (`ringweave tokenizer train`)."""
+
+    dir: Text
+
+
+class Source(Section):
+    """One stream of records: shards, how a record becomes a document, its share of the tokens."""
+
+    name: Text
+    shards: Text
+    heldout: Text | None = None
+    plan: Annotated[tuple[Text, ...], Field(min_length=1)]
+    weight: NonNegative = 1.0
+
+    @field_validator("plan")
+    @classmethod
+    def _plan_items(cls, plan: tuple[str, ...]) -> tuple[str, ...]:
+        for item in plan:
+            check_plan_item(item)
+        return plan
+
+
+class DataSection(Section):
+    """Folder of the shards and the sources in it."""
+
+    dir: Text
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+class ModelSection(Section):
+    """Shape of the transformer. The vocabulary size comes from the tokenizers."""
+
+    kind: Literal["lwm"] = "lwm"
+    layers: Count
+    width: Count
+    heads: Count
+    kv_heads: Count = Field(default_factory=lambda seen: seen.get("heads", 1))
+    ffn: Count = Field(default_factory=lambda seen: default_ffn(seen.get("width", 64)))
+    norm_eps: Positive = 1e-6
+    head_chunk: Count = 512
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+
+class ObjectiveSection(Section):
+    """Loss terms and how modalities are weighed against each other.
+
+    "modality": mean loss of each modality, then the weighted mean of those (LWM). "tokens": every target
+    token counts its modality's weight.
+    """
+
+    next_token: Positive = 1.0
+    modality_weights: dict[str, NonNegative] = Field(default_factory=dict)
+    normalize: Literal["modality", "tokens"] = "modality"
+
+    @field_validator("modality_weights")
+    @classmethod
+    def _fill(cls, weights: dict[str, float]) -> dict[str, float]:
+        unknown = [name for name in weights if name not in MODALITIES]
+        if unknown:
+            raise ValueError(f"expected modalities ({', '.join(MODALITIES)}), got {', '.join(unknown)}")
+        return {name: float(weights.get(name, 1.0)) for name in MODALITIES}
+
+
+class OptimizerSection(Section):
+    """AdamW and its learning-rate schedule over the optimizer steps of all stages together."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    warmup: Annotated[Whole, Field(ge=0)] = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Positive = 1.0
+
+
+class Layout(Section):
+    """Ranks along each mesh axis, and how the sequence is dealt to the ring."""
+
+    dp: Count = 1
+    pp: Count = 1
+    tp: Count = 1
+    sp: Count = 1
+    ring: Literal["zigzag", "contiguous"] = "zigzag"
+
+    @property
+    def world(self) -> int:
+        """Processes this layout needs."""
+        return self.dp * self.pp * self.tp * self.sp
+
+
+class Stage(Section):
+    """A part of the run at one context length. `tokens` counts packed slots, padding included."""
+
+    context: Annotated[Context, Field(ge=2)]
+    tokens: Tokens
+    batch: Count
+    micro_batch: Count = 1
+    rope_theta: Positive = 1e4
+    layout: Layout = Layout()
+    weights: dict[str, NonNegative] | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Slots of one optimizer step over all ranks."""
+        return self.context * self.batch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this stage: tokens // (context · batch), at least 1."""
+        return max(1, self.tokens // self.tokens_per_step)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one dp rank in one optimizer step."""
+        return self.batch // self.layout.dp // self.micro_batch
+
+
+class CheckpointSection(Section):
+    """How often checkpoints are made (steps or time) and how many of the newest are kept."""
+
+    every: Interval = "5min"
+    keep: Count = 3
+
+    @property
+    def every_steps(self) -> int | None:
+        """Steps between checkpoints, or None when `every` is a time."""
+        return int(self.every.split()[0]) if self.every.endswith("steps") else None
+
+    @property
+    def every_seconds(self) -> float | None:
+        """Seconds between checkpoints, or None when `every` is a number of steps."""
+        return None if self.every.endswith("steps") else float(self.every[:-1])
+
+
+class LogSection(Section):
+    """Steps between two lines on the terminal, and whether TensorBoard files are written."""
+
+    every: Count = 10
+    tensorboard: Switch = True
+
+
+class TimeoutSection(Section):
+    """How long to wait before a run counts as hung."""
+
+    start: Seconds = 300.0
+    collective: Seconds = 60.0
+    stop: Seconds = 60.0
+
+
+class RunConfig(Section):
+    """Everything one run needs to be repeated, apart from the data and the code."""
+
+    run: RunSection
+    tokenizers: TokenizersSection
+    data: DataSection
+    model: ModelSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection
+    precision: Literal["fp32", "bf16"] = "fp32"
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    timeout: TimeoutSection = TimeoutSection()
+
+    @model_validator(mode="after")
+    def _cross_checks(self, info: ValidationInfo) -> RunConfig:
+        world = info.context.get("world") if info.context else None
+        problems = cross_problems(self, world=world)
+        if problems:
+            raise CrossFieldError(problems)
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def world(self) -> int:
+        """Processes every stage's layout needs (equal for all stages)."""
+        return self.stages[0].layout.world
+
+    def stage_weights(self, stage: int) -> dict[str, float]:
+        """Share of each source in stage `stage`, summing to 1. An override names all sources it wants."""
+        override = self.stages[stage].weights
+        raw = {s.name: s.weight if override is None else override.get(s.name, 0.0) for s in self.data.sources}
+        total = sum(raw.values())
+        return {name: weight / total for name, weight in raw.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values of every key, secrets in URLs hidden; `config_from_dict` reads them back."""
+        dumped: dict[str, Any] = redact(self.model_dump(mode="json"))
+        return dumped
+
+    def to_yaml(self) -> str:
+        """The effective config as YAML that `load_config` reads back."""
+        head = "# effective config; units: K = 1024 for context, K = 1000 for tokens; both count slots\n"
+        return head + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+    def hash(self) -> str:
+        """sha256 (hex) of the effective config; independent of key order and of hidden secrets."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_ffn(width: int) -> int:
+    """Feed-forward width when none is given: the multiple of 64 nearest to 8/3 · width, at least 64."""
+    return max(64, round(width * 8 / 3 / 64) * 64)

@@ -1,0 +1,211 @@
+"""The torch engine: forward and backward of a step's packs, clipping and the update, on any mesh.
+
+A trainer sees four calls: `forward_backward`, `grad_norm`, `clip`, `step`; and `tensors` for checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+from ringweave.parallel.grad_norm import clip_, local_squares, world_sum
+from ringweave.parallel.mesh import Mesh
+from ringweave.pretrain.batch import Batch
+from ringweave.pretrain.models.lwm import LWM
+from ringweave.pretrain.objectives import coefficients, term_sums
+from ringweave.pretrain.parallelize import DTYPES
+
+
+class TorchEngine:
+    """One rank's model and optimizer. `mesh` None runs in a single process without any wrapper.
+
+    micro_batch: packs in one forward pass; modality_weights, normalize: see `objectives.coefficients`.
+    """
+
+    def __init__(
+        self,
+        model: LWM,
+        mesh: Mesh | None,
+        *,
+        micro_batch: int,
+        precision: str = "fp32",
+        modality_weights: Mapping[str, float] | None = None,
+        normalize: str = "modality",
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.model, self.mesh, self.micro_batch, self.optimizer = model, mesh, micro_batch, optimizer
+        self.dtype = DTYPES[precision]
+        self.modality_weights = dict(modality_weights or {})
+        self.normalize = normalize
+        self.sums = torch.zeros(0)
+        self._schedules: dict[tuple[int, int], Schedule1F1B] = {}
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.mesh.sizes["pp"] if self.mesh else 1
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return self.model.head is not None
+
+    def global_counts(self, batch: Batch) -> NDArray[np.float64]:
+        """Target counts per modality over all data ranks."""
+        counts = torch.from_numpy(batch.counts.copy())
+        if self.mesh and self.mesh.sizes["dp"] > 1:
+            dist.all_reduce(counts, group=self.mesh.group("dp"))
+        return counts.numpy()
+
+    def forward_backward(self, batch: Batch) -> tuple[Tensor, NDArray[np.float64]]:
+        """Accumulate gradients of the whole batch's loss.
+
+        Gives this rank's share of Σ weight·nll per modality (fp64; sum over the world for the whole) and the
+        global counts.
+        """
+        counts = self.global_counts(batch)
+        scale = coefficients(counts, self.modality_weights, normalize=self.normalize)
+        self.sums = torch.zeros(len(counts), dtype=torch.float64)
+        terms = batch.terms(scale, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        if self.stages > 1:
+            self._pipelined(batch, terms)
+        else:
+            self._accumulated(batch, terms)
+        share = self.sums
+        if self.mesh:  # tensor-parallel ranks compute the same sums: one of them counts
+            share = share / self.mesh.sizes["tp"]
+        return share, counts
+
+    def _loss(self, nll: Tensor, terms: Tensor) -> Tensor:
+        self.sums += term_sums(nll.detach(), terms[..., 1], terms[..., 2]).cpu()
+        return (nll * terms[..., 0]).sum()
+
+    def _accumulated(self, batch: Batch, terms: Tensor) -> None:
+        rows = batch.ids.shape[0]
+        for at in range(0, rows, self.micro_batch):
+            part = slice(at, at + self.micro_batch)
+            if isinstance(self.model, FSDPModule):
+                last = at + self.micro_batch >= rows
+                self.model.set_requires_gradient_sync(last)
+            nll = self.model(
+                batch.ids[part],
+                order=batch.order[part],
+                documents=batch.documents[part],
+                targets=batch.targets[part],
+            )
+            self._loss(nll, terms[part]).backward()
+
+    def _pipelined(self, batch: Batch, terms: Tensor) -> None:
+        schedule = self._schedule(batch.ids.shape)
+        kwargs = {"order": batch.order, "documents": batch.documents, "targets": batch.targets}
+        first = self.model.embed is not None
+        schedule.step(
+            *([batch.ids] if first else []), target=terms if self.last_stage else None, return_outputs=False, **kwargs
+        )
+
+    def _schedule(self, shape: torch.Size) -> Schedule1F1B:
+        """The 1F1B schedule for batches of this shape; input and output shapes are given, none is probed."""
+        key = (shape[0], shape[1])
+        if key in self._schedules:
+            return self._schedules[key]
+        assert self.mesh is not None
+        hidden = torch.empty(self.micro_batch, shape[1], self.model.shape.width, dtype=self.dtype, device="meta")
+        ids = torch.empty(self.micro_batch, shape[1], dtype=torch.int64, device="meta")
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        nll = torch.empty(self.micro_batch, shape[1], dtype=wide, device="meta")
+        stage = PipelineStage(
+            self.model,
+            self.mesh.rank_on["pp"],
+            self.stages,
+            torch.device("cpu"),
+            input_args=(ids,) if self.model.embed is not None else (hidden.requires_grad_(),),
+            output_args=(nll.requires_grad_() if self.last_stage else hidden.detach().requires_grad_(),),
+            group=self.mesh.group("pp"),
+        )
+        schedule = Schedule1F1B(stage, shape[0] // self.micro_batch, loss_fn=self._loss, scale_grads=False)
+        self._schedules[key] = schedule
+        return schedule
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """This rank's parameters."""
+        return self.model.parameters()
+
+    def grad_squares(self) -> Tensor:
+        """This rank's share of the squared global gradient norm (see parallel/grad_norm.py)."""
+        if self.mesh is None:
+            return sum(
+                (p.grad.double().square().sum() for p in self.parameters() if p.grad is not None),
+                torch.zeros((), dtype=torch.float64),
+            )
+        return local_squares(self.parameters(), self.mesh)
+
+    def clip(self, norm: float, limit: float) -> None:
+        """Clip gradients whose global norm is `norm` to `limit`; a limit of 0 or less clips nothing."""
+        if limit > 0:
+            clip_(self.parameters(), norm=norm, limit=limit)
+
+    def step(self, lr: float) -> None:
+        """One optimizer update at learning rate `lr`, then forget the gradients."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and moments by layout-independent name, sharing memory with the live ones."""
+        state: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            state[f"model.{name}"] = p.detach() if not isinstance(p, nn.Parameter) else p.data
+            if self.optimizer is not None:
+                moments = self._moments(p)
+                state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+        return state
+
+    def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:
+        assert self.optimizer is not None
+        state = self.optimizer.state[p]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(p, requires_grad=False)
+        return {key: state[key] for key in ("exp_avg", "exp_avg_sq")}
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Tell every moment how many updates it has seen (kept in the manifest, not as tensors)."""
+        assert self.optimizer is not None
+        for p in self.parameters():
+            self._moments(p)
+            self.optimizer.state[p]["step"] = torch.tensor(float(step))
+
+
+def make_adamw(
+    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with decay on matrices only, never on norms."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # foreach=False: tensors of one group may live on different meshes.
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, foreach=False)
+
+
+def world_loss(
+    sums: Tensor, counts: NDArray[np.float64], modality_weights: Mapping[str, float], *, normalize: str
+) -> float:
+    """The loss from world-summed sums and global counts (nats)."""
+    return float((coefficients(counts, modality_weights, normalize=normalize) * sums.numpy()).sum())
+
+
+__all__ = ["TorchEngine", "make_adamw", "world_loss", "world_sum"]

@@ -1,0 +1,324 @@
+"""The training loop: stages, steps, checkpoints, resume and orderly stops, on any layout.
+
+Every rank runs the same loop. One small all-reduce a step carries the loss sums, the gradient norm and the
+flags (stop asked for, checkpoint due, not finite), so all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ringweave.data_pipes.pack import Pack, PackPlan, packs_for_rank
+from ringweave.data_pipes.planner import PackPlanner
+from ringweave.data_pipes.stream import Documents, PackStream
+from ringweave.parallel.grad_norm import world_sum
+from ringweave.parallel.mesh import Mesh, describe_layout
+from ringweave.parallel.ring_plan import ring_slots
+from ringweave.pretrain import checkpoint
+from ringweave.pretrain.batch import Batch, collate
+from ringweave.pretrain.config import RunConfig
+from ringweave.pretrain.engine import TorchEngine, make_adamw, world_loss
+from ringweave.pretrain.errors import NonFiniteError
+from ringweave.pretrain.models.lwm import LWMShape
+from ringweave.pretrain.parallelize import build_model
+from ringweave.pretrain.progress import Board, Clock, step_line
+from ringweave.pretrain.resume import check_resume
+from ringweave.pretrain.run_folder import RunFolder
+from ringweave.pretrain.schedule import learning_rate
+from ringweave.tokenizers.errors import EXIT_OK, EXIT_RESUMABLE
+from ringweave.tokenizers.segment import MODALITIES
+
+
+@dataclass(slots=True)
+class Cursor:
+    """Where a run stands: what a checkpoint needs beside tensors."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    tokens: int = 0
+    stream: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class StageRun:
+    """What lives while one stage trains."""
+
+    number: int
+    mesh: Mesh
+    engine: TorchEngine
+    stream: PackStream
+    slots: NDArray[np.int64]
+    layout: dict[str, int] = field(default_factory=dict)
+
+
+class Trainer:
+    """One rank of a run. `folder` is used by rank 0 only; `report` gets each step's record on rank 0."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Documents,
+        *,
+        vocab: int,
+        vocabulary_hash: str,
+        folder: RunFolder,
+        rank: int,
+        allow_change: bool = False,
+        report: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        m = config.model
+        self.config, self.corpus, self.folder, self.rank = config, corpus, folder, rank
+        self.vocabulary_hash, self.allow_change, self.report = vocabulary_hash, allow_change, report
+        self.shape = LWMShape(
+            vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads, ffn=m.ffn,
+            norm_eps=m.norm_eps, head_chunk=m.head_chunk,
+        )  # fmt: skip
+        self.cursor = Cursor()
+        self.saved: checkpoint.Saved | None = None
+        self.stop_signal = 0
+        self.last_save = time.monotonic()
+        self.step_seconds: list[float] = []
+
+    def run(self) -> int:
+        """Train from wherever the folder stands to the end, or to a stop. Gives the exit code (0 or 75)."""
+        previous = self._catch_signals()
+        board = Board(self.folder.path / "tensorboard", enabled=self.rank == 0 and self.config.log.tensorboard)
+        try:
+            self._resume()
+            while self.cursor.stage < len(self.config.stages):
+                if not self._train_stage(board):
+                    self._end(EXIT_RESUMABLE, f"stopped by {signal.Signals(self.stop_signal or 15).name}")
+                    return EXIT_RESUMABLE
+            self._end(EXIT_OK, "done")
+            return EXIT_OK
+        finally:
+            board.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    # --- start -----------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> dict[int, Any]:
+        def handler(number: int, _frame: Any) -> None:
+            self.stop_signal = number  # acted on at the end of the step, on all ranks together
+
+        return {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def _resume(self) -> None:
+        """Find the newest whole checkpoint and take its cursor."""
+        warnings: list[str] = []
+        found = checkpoint.on_first_rank(lambda: checkpoint.find(self.folder.checkpoints, warn=warnings.append))
+        for what in warnings:
+            self._log("warning", step=0, what=what)
+            self.report(f"warning: {what}")
+        if found is not None:
+            check_resume(found.manifest, self.config, self.vocabulary_hash, self.corpus.digest, self.allow_change)
+            self.saved = found
+            self.cursor = Cursor(**found.manifest["cursor"])
+        self._log(
+            "start",
+            step=self.cursor.step,
+            resumed_from=found.path.name if found else None,
+            layout=self._layout(min(self.cursor.stage, len(self.config.stages) - 1)),
+            world=self.config.world,
+            config_hash=self.config.hash(),
+            params=self.shape.parameters,
+            **environment(),
+        )
+        if found is not None and self.rank == 0:
+            self.report(f"resumed from {found.path.name}: step {self.cursor.step}, {self.cursor.tokens:,} tokens")
+
+    def _layout(self, stage: int) -> dict[str, int]:
+        layout = self.config.stages[stage].layout
+        return {axis: getattr(layout, axis) for axis in ("dp", "pp", "tp", "sp")}
+
+    def _open_stage(self, number: int) -> StageRun:
+        """Build mesh, model, optimizer and stream of a stage, and load the newest checkpoint into them."""
+        cfg, stage = self.config, self.config.stages[number]
+        layout = self._layout(number)
+        mesh = Mesh.build(**layout)
+        model = build_model(
+            self.shape, mesh, seed=cfg.run.seed, rope_theta=stage.rope_theta, precision=cfg.precision,
+            ring_layout=stage.layout.ring,
+        )  # fmt: skip
+        o = cfg.optimizer
+        optimizer = make_adamw(model, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        engine = TorchEngine(
+            model, mesh, micro_batch=stage.micro_batch, precision=cfg.precision, optimizer=optimizer,
+            modality_weights=cfg.objective.modality_weights, normalize=cfg.objective.normalize,
+        )  # fmt: skip
+        if self.saved is not None:
+            checkpoint.load(self.saved, engine.tensors())
+            engine.set_optimizer_step(self.cursor.step)
+        slots = ring_slots(stage.context, layout["sp"], layout=stage.layout.ring)[mesh.rank_on["sp"]]
+        return StageRun(number, mesh, engine, self._stream(number), slots, layout)
+
+    def _stream(self, number: int) -> PackStream:
+        """The stream at the cursor: fresh, restored, or restored and switched to this stage."""
+        stage, weights, seed = self.config.stages[number], self.config.stage_weights(number), self.config.run.seed
+        if self.cursor.stream is None:
+            planner = PackPlanner(lengths=self.corpus.lengths, weights=weights, seed=seed, context=stage.context)
+            return PackStream(self.corpus, planner)
+        stream = PackStream.restore(self.corpus, self.cursor.stream, seed=seed)
+        if self.cursor.stage_step == 0:
+            stream.planner.switch(context=stage.context, weights=weights)
+        return stream
+
+    # --- the loop --------------------------------------------------------------------------------------
+
+    def _train_stage(self, board: Board) -> bool:
+        """Train the cursor's stage to its end; False when a stop was asked for (and the state is saved)."""
+        number = self.cursor.stage
+        stage = self.config.stages[number]
+        run = self._open_stage(number)
+        self._log(
+            "stage", step=self.cursor.step, stage=number, context=stage.context, rope_theta=stage.rope_theta,
+            layout=run.layout, batch=stage.batch, sources=self.config.stage_weights(number),
+        )  # fmt: skip
+        while self.cursor.stage == number:
+            clock = Clock()
+            plans, batch, state_after = self._next(run)
+            clock.lap("data")
+            record, stopping, due = self._step(run, batch, clock)
+            self.cursor.stream = state_after
+            self._advance(stage.steps)
+            ended = self.cursor.stage != number
+            if due or stopping or ended:
+                record["seconds"]["checkpoint"] = self._save(run)
+            self._record(record, plans, board, stopping or ended)
+            if stopping and not (ended and self.cursor.stage == len(self.config.stages)):
+                return False
+        return True
+
+    def _next(self, run: StageRun) -> tuple[list[PackPlan], Batch, dict[str, Any]]:
+        """The next global batch's plans, and this rank's tensors of it."""
+        stage = self.config.stages[run.number]
+        drawn = run.stream.next_batch(stage.batch)
+        dp, rank = run.layout["dp"], run.mesh.rank_on["dp"]
+        mine = packs_for_rank(0, stage.batch, rank, dp)
+        packs: list[Pack] = [run.stream.materialise(drawn.plans[i]) for i in mine]
+        return drawn.plans, collate(packs, run.slots), drawn.state_after
+
+    def _step(self, run: StageRun, batch: Batch, clock: Clock) -> tuple[dict[str, Any], bool, bool]:
+        """One update. Gives the step's record, whether a stop was asked for, whether a checkpoint is due."""
+        engine, o = run.engine, self.config.optimizer
+        sums, counts = engine.forward_backward(batch)
+        clock.lap("compute")
+        lead = run.layout["pp"] * run.layout["tp"] * run.layout["sp"]  # ranks that hold the same packs
+        flags = [float(self.stop_signal > 0), float(self._due()), batch.real_tokens / lead, batch.slots / lead]
+        shared = world_sum(torch.cat([sums, engine.grad_squares()[None], torch.tensor(flags, dtype=torch.float64)]))
+        sums, (squares, stop, due, real, slots) = shared[: len(MODALITIES)], shared[len(MODALITIES) :].tolist()
+        loss = world_loss(sums, counts, self.config.objective.modality_weights, normalize=self.config.objective.normalize)
+        norm = squares**0.5
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise NonFiniteError(
+                f"step {self.cursor.step + 1}: loss {loss}, gradient norm {norm}",
+                where=f"stage {run.number + 1}, {describe_layout(run.layout)}",
+                why="a non-finite loss or gradient; no parameter was updated",
+                fix="lower optimizer.lr or raise optimizer.warmup, and resume from the last checkpoint",
+            )
+        engine.clip(norm, o.clip)
+        lr = learning_rate(
+            self.cursor.step + 1, peak=o.lr, warmup=o.warmup, total=self.config.total_steps, schedule=o.schedule,
+            min_ratio=o.min_lr_ratio,
+        )  # fmt: skip
+        engine.step(lr)
+        clock.lap("optimizer")
+        self.cursor.tokens += round(real)
+        means = {m: float(sums[i] / counts[i]) for i, m in enumerate(MODALITIES) if counts[i] > 0}
+        seconds = clock.total()
+        record = {
+            "step": self.cursor.step + 1, "stage": run.number, "context": self.config.stages[run.number].context,
+            "tokens": self.cursor.tokens, "loss": loss, "loss_by_modality": means,
+            "tokens_by_modality": {m: round(float(counts[i]), 3) for i, m in enumerate(MODALITIES) if counts[i] > 0},
+            "lr": lr, "grad_norm": norm, "fill": real / slots, "tokens_per_s": real / seconds["step"],
+            "seconds": seconds,
+        }  # fmt: skip
+        return record, stop > 0, due > 0
+
+    def _due(self) -> bool:
+        """Whether this rank thinks a checkpoint is due: by steps on all ranks, by time on rank 0's clock."""
+        every = self.config.checkpoint
+        if every.every_steps is not None:
+            return (self.cursor.step + 1) % every.every_steps == 0
+        return self.rank == 0 and time.monotonic() - self.last_save >= (every.every_seconds or 0)
+
+    def _advance(self, stage_steps: int) -> None:
+        self.cursor.step += 1
+        self.cursor.stage_step += 1
+        if self.cursor.stage_step >= stage_steps:
+            self.cursor.stage += 1
+            self.cursor.stage_step = 0
+
+    # --- what is written -------------------------------------------------------------------------------
+
+    def _save(self, run: StageRun) -> float:
+        """Checkpoint the state after the step just made; gives the seconds it took."""
+        manifest = {
+            "cursor": asdict(self.cursor),
+            "vocabulary": self.vocabulary_hash,
+            "corpus": self.corpus.digest,
+            "config": self.config.to_dict(),
+            "rope_theta": self.config.stages[run.number].rope_theta,
+            "shape": asdict(self.shape),
+            "layout": run.layout,
+        }
+        saved, figures = checkpoint.save(
+            self.folder.checkpoints, self.cursor.step, run.engine.tensors(), manifest, keep=self.config.checkpoint.keep
+        )
+        self.saved, self.last_save = saved, time.monotonic()
+        self._log("checkpoint", step=self.cursor.step, path=saved.path.name, **figures)
+        return round(figures["seconds"], 4)
+
+    def _record(self, record: dict[str, Any], plans: list[PackPlan], board: Board, last: bool) -> None:
+        """Rank 0: ledger first, then metrics, so that a step with a metric always has its samples on record."""
+        if self.rank != 0:
+            return
+        total = self.config.total_steps
+        self.step_seconds = [*self.step_seconds[-49:], record["seconds"]["step"]]
+        record["progress"] = record["step"] / total
+        record["eta_s"] = float(np.median(self.step_seconds)) * (total - record["step"])
+        pieces = [[[p.source, p.epoch, p.sample, p.start, p.end] for p in plan.pieces] for plan in plans]
+        self.folder.consumed(record["step"], pieces)
+        self._log("step", **record)
+        board.step(record)
+        if record["step"] % self.config.log.every == 0 or last or record["step"] == 1:
+            layout = describe_layout(self._layout(record["stage"]))
+            self.report(step_line(record, total=total, stages=len(self.config.stages), layout=layout))
+
+    def _log(self, event: str, **fields: Any) -> None:
+        if self.rank == 0:
+            self.folder.log(event, **fields)
+
+    def _end(self, code: int, reason: str) -> None:
+        self._log("stop", step=self.cursor.step, reason=reason, exit_code=code)
+        if self.rank == 0:
+            self.folder.exit(code, reason, step=self.cursor.step)
+            self.report(f"{reason} at step {self.cursor.step}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and host, for the start event."""
+    import os
+    import platform
+
+    import psutil
+
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "host": {
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "machine": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }
