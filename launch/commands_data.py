@@ -147,11 +147,11 @@ def _build_caches(
 
 def load_tokenizers(folder: Path) -> Any:
     """The tokenizer set in `folder`; ConfigError when there is no such folder."""
-    from ringweave.tokenizers.set import TokenizerSet
-
     existing_folder(
         folder, what="tokenizer folder", fix="`ringweave tokenizer train --data DIR --out OUT` makes one"
     )
+    from ringweave.tokenizers.set import TokenizerSet
+
     return TokenizerSet.load(folder)
 
 

@@ -5,8 +5,11 @@ For tests and `ringweave verify`; training is launched by torchrun.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import queue
+import sys
 import tempfile
 import time
 import traceback
@@ -24,14 +27,37 @@ class WorkersFailed(RuntimeError):
     """One or more ranks failed or did not finish; the message holds each one's traceback."""
 
 
-def _worker(rank: int, world: int, store: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+class _Callable:
+    """A module-level function by file and name, so that workers find it even where its module is not on sys.path."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.module, self.name = fn.__module__, fn.__qualname__
+        self.file = sys.modules[fn.__module__].__file__
+
+    def load(self) -> Callable[..., Any]:
+        """Import the module (by name, else from its file) and give the function."""
+        if self.module not in sys.modules:
+            try:
+                importlib.import_module(self.module)
+            except ImportError:
+                spec = importlib.util.spec_from_file_location(self.module, str(self.file))
+                assert spec is not None
+                assert spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[self.module] = module
+                spec.loader.exec_module(module)
+        fn: Callable[..., Any] = getattr(sys.modules[self.module], self.name)
+        return fn
+
+
+def _worker(rank: int, world: int, store: str, timeout: float, fn: _Callable, args: tuple[Any, ...], out: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )
-        out.put((rank, True, fn(*args)))
+        out.put((rank, True, fn.load()(*args)))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -49,7 +75,7 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 2
     with tempfile.TemporaryDirectory() as place:
         store = str(Path(place) / "store")
         workers = [
-            context.Process(target=_worker, args=(r, world, store, collective, fn, args, out), daemon=True)
+            context.Process(target=_worker, args=(r, world, store, collective, _Callable(fn), args, out), daemon=True)
             for r in range(world)
         ]
         for w in workers:

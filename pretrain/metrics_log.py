@@ -301,10 +301,12 @@ class _Builder:
         attempt = _integer(record.get("attempt"))
         if event == "start":
             self._start(record, number=attempt, step=step, time=time)
+        elif event == "eval":
+            pass  # may be logged long after the run by another process: neither starts nor extends an attempt
         elif attempt is not None and (not self.attempts or attempt > self.attempts[-1].number):
             # Its start record was lost: the first thing it reports tells where it resumed.
             self._start({}, number=attempt, step=step - (event == "step"), time=time)
-        if self.attempts:
+        if self.attempts and event != "eval":
             self._touch(time)
         handler = {"step": self._step, "eval": self._eval, "stop": self._stop}.get(event)
         if handler:

@@ -59,7 +59,7 @@ from ringweave.tokenizers.errors import (
 
 LARGEST = 3_000_000  # bytes of the page
 MEDIA_BUDGET = 2_300_000  # of them for pictures and sound, as base64
-LOSS_LIMIT, GRAD_LIMIT, LOGIT_LIMIT = 1e-6, 1e-5, 1e-4  # laws 2 and 5: relative, relative, absolute in fp32
+LOSS_LIMIT, GRAD_LIMIT, LOGIT_LIMIT = 1e-6, 1e-5, 1e-5  # laws 2 and 5: relative, relative, absolute in fp32
 EXITS = {
     0: "finished", EXIT_RESUMABLE: "stopped (resumable)", EXIT_CONFIG: "failed (configuration)",
     EXIT_DATA: "failed (data)", EXIT_NONFINITE: "failed (loss or gradient not finite)",
@@ -381,7 +381,7 @@ def _bands(h: RunHistory, *, levels: bool = False) -> list[charts.Band]:
 
 def _marks(h: RunHistory) -> list[charts.Mark]:
     return [
-        charts.Mark(h.tokens_at(a.start_step), f"attempt {a.number} resumed after step {a.start_step}")
+        charts.Mark(h.tokens_at(a.start_step), f"attempt {a.number} goes on after step {a.start_step}")
         for a in h.attempts[1:]
     ]
 
@@ -422,9 +422,13 @@ def _loss(inputs: Inputs) -> tuple[str, str]:
     bands, marks = _bands(h), _marks(h)
     reach = charts.window(len(h.steps))
     caption = (
-        f"Strong lines: token-weighted mean over {2 * reach + 1} points; faint: as logged. Shapes: held-out "
-        "loss. Shaded columns: context stages with their layout. Dashed verticals with a turning arrow: "
-        "restarts; of steps trained twice only the later, final one is drawn."
+        (
+            f"Strong lines: token-weighted mean over {2 * reach + 1} points; faint: as logged. "
+            if reach
+            else "Lines: as logged. "
+        )
+        + "Shapes: held-out loss. Shaded columns: context stages with their layout. Dashed verticals with a "
+        "turning arrow: restarts; of steps trained twice only the later, final one is drawn."
     )
     body = figure(f'<div class="wide-chart">{charts.loss_chart(series, bands, marks)}</div>', caption)
     panels = []

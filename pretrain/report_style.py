@@ -309,7 +309,7 @@ vertical-align:bottom;
 border-bottom:1px solid var(--faint);white-space:nowrap}
 td{text-align:right;padding:6px 0 6px 18px;border-bottom:1px solid var(--rule);vertical-align:top}
 th.l,td.l{text-align:left}th:first-child,td:first-child{padding-left:0}
-table.narrow{width:auto;min-width:54%}td small{color:var(--soft)}
+td{overflow-wrap:anywhere}table.narrow{width:auto;min-width:54%}td small{color:var(--soft)}
 .missing{background:var(--none-bg);border-left:3px solid var(--none);border-radius:0 4px 4px 0;
 padding:9px 14px;
 margin:14px 0 0;font-size:14px;color:var(--soft)}.missing b{color:var(--ink);font-weight:600}

@@ -287,6 +287,7 @@ class Trainer:
         self.step_seconds = [*self.step_seconds[-49:], record["seconds"]["step"]]
         record["progress"] = record["step"] / total
         record["eta_s"] = float(np.median(self.step_seconds)) * (total - record["step"])
+        record["tokens_by_source"] = _by_source(plans)
         pieces = [[[p.source, p.epoch, p.sample, p.start, p.end] for p in plan.pieces] for plan in plans]
         self.folder.consumed(record["step"], pieces)
         self._log("step", **record)
@@ -304,6 +305,15 @@ class Trainer:
         if self.rank == 0:
             self.folder.exit(code, reason, step=self.cursor.step)
             self.report(f"{reason} at step {self.cursor.step}")
+
+
+def _by_source(plans: list[PackPlan]) -> dict[str, int]:
+    """Tokens of each source in these packs."""
+    tokens: dict[str, int] = {}
+    for plan in plans:
+        for p in plan.pieces:
+            tokens[p.source] = tokens.get(p.source, 0) + p.end - p.start
+    return tokens
 
 
 def environment() -> dict[str, Any]:

@@ -69,7 +69,12 @@ def rows() -> list[tuple[str, str, str, str]]:
             "BSD for the package; bikes.mp4, bigbuckbunny.mp4 and carphone_pristine.mp4: not stated",
             "pieces of 8 frames cut and scaled to 64 x 64 and encoded again",
         ),
-        ("image, rgba, score", version("resvg-py"), "MIT (text of licenses/LICENSE)", "renders SVG to pixels"),
+        (
+            "image, rgba, score",
+            version("resvg-py"),
+            "MIT (text of licenses/LICENSE)",
+            "renders SVG to pixels",
+        ),
     ]
 
 

@@ -24,7 +24,7 @@ from ringweave.tokenizers.errors import UserError
 MODALITIES = ("text", "image", "rgba", "video", "audio", "score")
 UNIGRAM = {"text": 5.82, "image": 5.31, "rgba": 4.97, "video": 5.44, "audio": 5.06, "score": 3.71}
 FLOOR = {"text": 3.35, "image": 3.92, "rgba": 2.71, "video": 3.46, "audio": 4.12, "score": 1.58}
-STAGES = (
+STAGES: tuple[dict[str, Any], ...] = (
     {
         "context": 512,
         "layout": {"dp": 2, "pp": 1, "tp": 2, "sp": 1},
@@ -289,7 +289,7 @@ def _json_inputs(run: Path) -> None:
             {
                 "modality": "text",
                 "prompt": "In the beginning",
-                "text": "In the beginning of the kingdom the word came unto the people,\nAnd the king said, Let us go.",
+                "text": "In the beginning the word came unto the people,\nAnd the king said, Let us go.",
             },
             {"modality": "image", "prompt": XSS, "file": "image-0.png"},
             {
@@ -406,6 +406,16 @@ def test_damaged_lines_are_counted_and_the_rest_is_read(run: Path, tmp_path: Pat
     assert [n for n, _ in h.bad_lines[:4]] == [4, 5, 6, 7]
     assert h.torn_tail
     assert [s.step for s in h.steps] == [s.step for s in good.steps if s.step != 12]
+
+
+def test_an_evaluation_after_the_run_is_no_part_of_an_attempt(run: Path, tmp_path: Path) -> None:
+    """`ringweave eval` a day later logs with any attempt number; the run's wall time stays what it was."""
+    late = {"event": "eval", "time": 1_790_090_000.0, "attempt": 9, "step": LAST, "heldout": heldout(LAST)}
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + json.dumps(late) + "\n")
+    h, before = read_metrics(tmp_path), read_metrics(run)
+    assert [(a.number, a.ended) for a in h.attempts] == [(a.number, a.ended) for a in before.attempts]
+    assert [e.step for e in h.evaluations] == [e.step for e in before.evaluations]
+    assert h.evaluations[-1].time == late["time"]
 
 
 def test_a_lost_start_record_is_inferred(tmp_path: Path) -> None:
@@ -641,7 +651,8 @@ def test_records_of_any_shape_make_a_page(tmp_path: Path) -> None:
     """Every field of every record replaced by junk, one kind of junk at a time."""
     rng = random.Random(0)
     records = [r for r in (*_attempt(1, 1, 12, 1000.0, None), *_attempt(2, 11, 14, 900.0, "x"))]
-    for junk in (None, -1, 1e400, math.nan, "text", [], {"a": "b"}, 10**400):
+    junks: list[Any] = [None, -1, 1e400, math.nan, "text", [], {"a": "b"}, 10**400]
+    for junk in junks:
         lines = []
         for r in records:
             r = dict(r)

@@ -1,0 +1,72 @@
+"""Held-out loss by modality of a run's newest checkpoint, beside the unigram entropy of its training tokens."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ringweave.data_pipes.stream import PackStream
+from ringweave.data_pipes.planner import PackPlanner, plan_once
+from ringweave.pretrain.batch import collate
+from ringweave.pretrain.export import load_run
+from ringweave.pretrain.job import open_corpus
+from ringweave.pretrain.objectives import term_sums
+from ringweave.pretrain.run_folder import RunFolder
+from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.manifest import VocabularyManifest
+from ringweave.tokenizers.segment import MODALITIES
+
+
+@torch.no_grad()
+def evaluate_run(
+    run_dir: Path, *, max_tokens_per_source: int = 40_000, context: int | None = None
+) -> dict[str, Any]:
+    """{"step", "heldout": {modality: {loss, tokens, unigram_entropy}}} in nats; also logged to metrics.jsonl.
+
+    One process, the checkpoint's last context (or `context`). A source with more held-out tokens than
+    `max_tokens_per_source` is evaluated on its first documents up to that many.
+    """
+    started = time.monotonic()
+    model, saved, config = load_run(run_dir)
+    manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
+    heldout = open_corpus(config, manifest, heldout=True)
+    if not heldout.lengths:
+        raise DataError("no source has held-out shards", where="data.sources[].heldout", fix="name them in the config")
+    training = open_corpus(config, manifest)
+    context = context or config.stages[min(saved.manifest["cursor"]["stage"], len(config.stages) - 1)].context
+    lengths = {n: _first(v, max_tokens_per_source) for n, v in heldout.lengths.items()}
+    plans = plan_once(lengths, context=context)
+    planner = PackPlanner(lengths=lengths, weights=dict.fromkeys(lengths, 1.0), seed=0, context=context)
+    stream = PackStream(heldout, planner)
+    sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
+    counts = np.zeros(len(MODALITIES))
+    for plan in plans:
+        batch = collate([stream.materialise(plan)], np.arange(context))
+        nll = model(batch.ids, order=batch.order, documents=batch.documents, targets=batch.targets)
+        sums += term_sums(nll, torch.from_numpy(batch.weights), torch.from_numpy(batch.modality))
+        counts += batch.counts
+    figures = {
+        m: {
+            "loss": float(sums[i] / counts[i]),
+            "tokens": round(float(counts[i])),
+            "unigram_entropy": training.unigram_entropy(m),
+        }
+        for i, m in enumerate(MODALITIES)
+        if counts[i] > 0
+    }
+    folder = RunFolder(run_dir)
+    folder.log("eval", step=saved.step, heldout=figures)
+    return {"step": saved.step, "heldout": figures, "context": context, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _first(lengths: np.ndarray, limit: int) -> np.ndarray:
+    """`lengths` with documents beyond the first `limit` tokens set to 0 (left out)."""
+    kept = lengths.copy()
+    kept[np.cumsum(kept) > limit] = 0
+    if not kept.any() and len(lengths):
+        kept[0] = lengths[0]
+    return kept
