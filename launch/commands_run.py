@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ringweave.launch.console import JsonOption, Output, Progress, Session, SetOption, existing_run
 from ringweave.pretrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ringweave.pretrain.config import RunConfig
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder (`run.dir` of the config).")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -94,9 +97,7 @@ def train(
     checked = load_config(config, overrides or [], world=world)
     session.run_dir = Path(checked.run.dir)
     if world is None and checked.world > 1:
-        code = _start_local(
-            config, overrides, allow_change=allow_change, nproc=checked.world, run_dir=session.run_dir
-        )
+        code = _start_local(config, overrides, checked, allow_change=allow_change)
     else:
         from ringweave.pretrain import job
 
@@ -113,13 +114,17 @@ def _train_argv(config: Path, overrides: list[str] | None, *, allow_change: bool
     return [*argv, "--allow-change"] if allow_change else argv
 
 
-def _start_local(
-    config: Path, overrides: list[str] | None, *, allow_change: bool, nproc: int, run_dir: Path
-) -> int:
+def _start_local(config: Path, overrides: list[str] | None, checked: RunConfig, *, allow_change: bool) -> int:
     from ringweave.launch.local import launch_local
 
-    argv = _train_argv(config, overrides, allow_change=allow_change)
-    return launch_local(argv, nproc=nproc, run_dir=run_dir, log_dir=run_dir / "logs")
+    run_dir = Path(checked.run.dir)
+    return launch_local(
+        _train_argv(config, overrides, allow_change=allow_change),
+        nproc=checked.world,
+        run_dir=run_dir,
+        log_dir=run_dir / "logs",
+        grace=checked.timeout.stop,
+    )
 
 
 def _outcome(run_dir: Path, code: int) -> dict[str, Any]:
@@ -151,9 +156,7 @@ def launch(
     checked = load_config(config, overrides or [])
     session.run_dir = Path(checked.run.dir)
     if to == "local":
-        code = _start_local(
-            config, overrides, allow_change=allow_change, nproc=checked.world, run_dir=session.run_dir
-        )
+        code = _start_local(config, overrides, checked, allow_change=allow_change)
         printer.result(_outcome(session.run_dir, code))
         raise typer.Exit(code)
     if to != "slurm":

@@ -18,9 +18,13 @@ AXES = ("dp", "pp", "tp", "sp")
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A rank's place (`rank_on`) and sizes on each axis; `device_mesh` is torch's object behind it."""
+    """A rank's place (`rank_on`) and sizes on each axis; `device_mesh` is torch's object behind it.
+
+    dp_sp: data and ring axes flattened into one, over which parameters are sharded.
+    """
 
     device_mesh: DeviceMesh
+    dp_sp: DeviceMesh
     sizes: dict[str, int]
     rank_on: dict[str, int]
 
@@ -32,13 +36,13 @@ class Mesh:
         if dp * pp * tp * sp != world:
             raise ValueError(f"dp·pp·tp·sp = {dp}·{pp}·{tp}·{sp} = {dp * pp * tp * sp}, world = {world}")
         device_mesh = init_device_mesh(device, (dp, pp, tp, sp), mesh_dim_names=AXES)
-        device_mesh["dp", "sp"]._flatten("dp_sp")
+        dp_sp = device_mesh["dp", "sp"]._flatten("dp_sp")
         where = device_mesh.get_coordinate()
         assert where is not None
-        return cls(device_mesh=device_mesh, sizes=sizes, rank_on=dict(zip(AXES, where, strict=True)))
+        return cls(device_mesh=device_mesh, dp_sp=dp_sp, sizes=sizes, rank_on=dict(zip(AXES, where, strict=True)))
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of this rank along an axis ("dp_sp" is data and ring together)."""
+        """The process group of this rank along an axis."""
         return self.device_mesh[axis].get_group()
 
     @property

@@ -21,16 +21,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint import (
-    load as dcp_load,
-)
-from torch.distributed.checkpoint import (
-    save as dcp_save,
-)
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ringweave.pretrain.errors import StorageError
 
@@ -69,7 +63,7 @@ def save(
     on_first_rank(lambda: _fresh(temporary))
     try:
         dcp_save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    except Exception as e:
+    except (Exception, CheckpointException) as e:  # the latter is no Exception, so that nobody catches it by accident
         on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise _storage_error(e, final, tensors) from e
     files: dict[str, Any] = on_first_rank(lambda: _commit(temporary, final, step, manifest))
@@ -205,7 +199,8 @@ def _storage_error(e: BaseException, path: Path, tensors: dict[str, Tensor]) -> 
 def _first_cause(e: BaseException) -> str:
     failures = getattr(e, "failures", None)
     if isinstance(failures, dict) and failures:
-        return str(next(iter(failures.values()))[0])
+        rank, (cause, _) = next(iter(failures.items()))
+        return f"rank {rank}: {cause}"
     return str(e)
 
 

@@ -7,6 +7,8 @@ and initialise. The model itself knows none of this.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -17,6 +19,9 @@ from ringweave.parallel.mesh import Mesh
 from ringweave.parallel.packed import PackedAttention
 from ringweave.parallel.vocab import VocabParallelCrossEntropy
 from ringweave.pretrain.models.lwm import LWM, LWMShape, initial_value
+
+# FSDP warns that in-place changes of a view it returns would lose its hooks; the model makes none.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -80,7 +85,7 @@ def _shard(model: LWM, mesh: Mesh, precision: str) -> None:
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    over = mesh.device_mesh["dp_sp"]
+    over = mesh.dp_sp
     # Pipeline stages run many micro-batches between optimizer steps: gathering once is cheaper than resharding.
     reshard = mesh.sizes["pp"] == 1
     parts: list[nn.Module] = [m for m in (model.embed, *model.layers.values(), model.head) if m is not None]

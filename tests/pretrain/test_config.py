@@ -113,16 +113,15 @@ def test_overrides_take_precedence_and_make_missing_sections(base: Path) -> None
     assert load_config(base, ["log.tensorboard=false"]).log.tensorboard is False
 
 
-def test_recipes_are_valid_and_their_sources_follow_the_demo_names() -> None:
+def test_demo_recipe_reads_every_shard_the_demo_data_has() -> None:
+    from ringweave.data_pipes.demo.build import SOURCES
+
     config = load_config(DEMO)
-    assert [source.name for source in config.data.sources] == [
-        "text",
-        "image",
-        "rgba",
-        "score",
-        "audio",
-        "video",
-    ]
+    for source in config.data.sources:
+        last = SOURCES[source.name] - 1
+        assert source.shards == f"{source.name}-train-{{0000..{last:04d}}}.tar"
+        assert source.heldout == f"{source.name}-heldout-0000.tar"
+    assert {source.name for source in config.data.sources} == set(SOURCES)
     assert {stage.layout.world for stage in config.stages} == {4}
 
 

@@ -1,0 +1,239 @@
+"""What a run does when its folder, its disk or its checkpoints misbehave, on one rank and the synthetic corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ringweave.pretrain import checkpoint
+from ringweave.pretrain.errors import ConfigError, NonFiniteError, StorageError
+from ringweave.pretrain.run_folder import RunFolder, read_events
+from ringweave.pretrain.synthetic import SyntheticCorpus
+from ringweave.pretrain.trainer import Trainer
+from ringweave.pretrain.verify import VOCAB, final_losses, tiny_config
+from ringweave.tokenizers.errors import DataError, VocabularyError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Run:
+    """One tiny run that can be started again and again."""
+
+    def __init__(self, place: Path, name: str = "run", steps: int = 4) -> None:
+        self.config = tiny_config(place, name, world=1, steps=steps)
+        self.path = Path(self.config.run.dir)
+        self.said: list[str] = []
+
+    def train(self, *, trainer: type[Trainer] = Trainer, vocabulary: str = "0" * 64, seed: int = 0, change: bool = False, **set_) -> int:
+        folder = RunFolder(self.path)
+        folder.acquire()
+        config = self.config.model_copy(update=set_)
+        try:
+            return trainer(
+                config, SyntheticCorpus(vocab=VOCAB, seed=seed), vocab=VOCAB, vocabulary_hash=vocabulary,
+                folder=folder, rank=0, allow_change=change, report=self.said.append,
+            ).run()  # fmt: skip
+        finally:
+            folder.release()
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(p.name for p in (self.path / "checkpoints").iterdir())
+
+
+class Stopped(Trainer):
+    """Sends itself a signal after step 5, as a cluster would."""
+
+    number = signal.SIGTERM
+
+    def _record(self, *args, **kwargs) -> None:
+        super()._record(*args, **kwargs)
+        if self.cursor.step == 5:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_exits_75(tmp_path: Path, number: signal.Signals) -> None:
+    whole, stopped = Run(tmp_path, "whole"), Run(tmp_path, "stopped")
+    assert whole.train() == 0
+    kind = type("StoppedBy", (Stopped,), {"number": number})
+    assert stopped.train(trainer=kind) == 75
+    assert json.loads((stopped.path / "exit.json").read_text())["exit_code"] == 75
+    assert stopped.names[-1] == "step-00000006"
+    assert stopped.train() == 0
+    assert final_losses(stopped.path) == final_losses(whole.path)
+    assert json.loads((stopped.path / "exit.json").read_text())["exit_code"] == 0
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train()
+    before = final_losses(run.path)
+    assert run.train() == 0
+    assert final_losses(run.path) == before
+    assert len([e for e in read_events(run.path / "metrics.jsonl") if e["event"] == "step"]) == 8
+
+
+def _damage(path: Path, kind: str) -> None:
+    shard = next(path.glob("*.safetensors"))
+    if kind == "missing shard":
+        shard.unlink()
+    elif kind == "missing manifest":
+        (path / "manifest.json").unlink()
+    elif kind == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-9])
+    elif kind == "flipped byte":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif kind == "manifest not JSON":
+        (path / "manifest.json").write_text('{"format": 1, "files"')
+    else:
+        (path / "manifest.json").write_text('{"format": 1}')
+
+
+KINDS = ["missing shard", "missing manifest", "truncated", "flipped byte", "manifest not JSON", "manifest empty"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(tmp_path: Path, kind: str) -> None:
+    whole, run = Run(tmp_path, "whole"), Run(tmp_path)
+    whole.train()
+    run.train(trainer=Stopped)  # leaves steps 3, 4 (stage end) and 6
+    newest = run.names[-1]
+    _damage(run.path / "checkpoints" / newest, kind)
+    assert run.train() == 0
+    assert any(newest in line and "passed over" in line for line in run.said)
+    assert any(e["event"] == "warning" and newest in e["what"] for e in read_events(run.path / "metrics.jsonl"))
+    assert final_losses(run.path) == final_losses(whole.path)
+
+
+def test_only_damaged_checkpoints_is_an_error_that_keeps_them(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train(trainer=Stopped)
+    for name in run.names:
+        _damage(run.path / "checkpoints" / name, "flipped byte")
+    before = run.names
+    with pytest.raises(StorageError, match="none of the 3 checkpoints is usable"):
+        run.train()
+    assert run.names == before
+
+
+def test_a_half_written_checkpoint_is_never_taken(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train(trainer=Stopped)
+    root = run.path / "checkpoints"
+    shutil.copytree(root / run.names[-1], root / "step-00000099.tmp")
+    assert run.train() == 0
+    assert any("step 6" in line for line in run.said)
+
+
+def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    holder = RunFolder(run.path)
+    holder.acquire()
+    with pytest.raises(StorageError, match=f"already in use[\\s\\S]*pid {os.getpid()}") as caught:
+        run.train()
+    assert caught.value.exit_code == 6
+    holder.release()
+    assert run.train() == 0
+
+
+def test_a_dead_holder_does_not_block(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    code = (
+        "import os,sys; from pathlib import Path; from ringweave.pretrain.run_folder import RunFolder;"
+        "RunFolder(Path(sys.argv[1])).acquire(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run.path)], check=False)
+    assert run.train() == 0
+
+
+@pytest.mark.parametrize("where", ["shards", "manifest"])
+def test_a_full_disk_at_save_time_keeps_older_checkpoints(tmp_path: Path, where: str, monkeypatch) -> None:
+    """A real full file system where one may be mounted; else writes that fail as on one."""
+    run = Run(tmp_path)
+    run.train(trainer=Stopped)
+    before = run.names
+    real = checkpoint._fsync if where == "manifest" else checkpoint.dcp_save
+
+    def full(*args, **kwargs):
+        if where == "manifest" and args[0].name != "manifest.json":
+            return real(*args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_fsync" if where == "manifest" else "dcp_save", full)
+        with pytest.raises(StorageError, match="No space left") as caught:
+            run.train()
+    assert caught.value.exit_code == 6
+    assert run.names == before
+    assert run.train() == 0
+
+
+def _tmpfs(place: Path, mib: int) -> bool:
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """A tmpfs that holds about two checkpoints of three."""
+    small = tmp_path / "small"
+    if not _tmpfs(small, 2):
+        pytest.skip("mounting a tmpfs needs root; test_a_full_disk_at_save_time covers the same path without one")
+    try:
+        run = Run(small)
+        with pytest.raises(StorageError, match="No space left|could not be saved") as caught:
+            run.train()
+        assert caught.value.exit_code == 6
+        kept = [checkpoint.verify(run.path / "checkpoints" / n)["step"] for n in run.names]
+        assert kept
+        assert not any(n.endswith(".tmp") for n in run.names)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_another_vocabulary_data_or_model_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train(trainer=Stopped)
+    with pytest.raises(VocabularyError, match="another vocabulary"):
+        run.train(vocabulary="1" * 64)
+    with pytest.raises(DataError, match="not what the checkpoint was trained on"):
+        run.train(seed=9)
+    optimizer = run.config.optimizer.model_copy(update={"lr": 2e-3})
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.001 -> 0.002"):
+        run.train(optimizer=optimizer)
+    assert run.train(optimizer=optimizer, change=True) == 0
+
+
+class Poisoned(Trainer):
+    """Turns one parameter into NaN before step 6."""
+
+    def _step(self, run, batch, clock):
+        if self.cursor.step == 5:
+            next(iter(run.engine.parameters())).data.mul_(float("nan"))
+        return super()._step(run, batch, clock)
+
+
+def test_a_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with pytest.raises(NonFiniteError, match="step 6: loss nan") as caught:
+        run.train(trainer=Poisoned)
+    assert caught.value.exit_code == 4
+    assert run.names[-1] == "step-00000004"
+    assert run.train() == 0

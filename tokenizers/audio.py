@@ -1,0 +1,181 @@
+"""Audio codec: integer MDCT, then residual k-means; `books` ids per frame.
+
+The window is a sine of two hops; the basis (window and cosine together) is rounded to integers and stored,
+so no transcendental function runs while encoding. Frame f covers samples [(f - 1) hop, (f + 1) hop), zeros
+before the start and after the end: T samples give ceil(T / hop) + 1 frames, and F frames give back
+(F - 1) hop samples (the original length inside the last hop is not kept). Code 0 of every book is the zero
+vector, so digital silence comes back as digital silence.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ringweave.tokenizers.codec import SCALE, Tensors, pack_codec, unpack_codec
+from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.vq import ResidualQuantizer, fit_books
+
+BASIS_SCALE = 4096
+I16 = NDArray[np.int16]
+
+
+def mdct_basis(hop: int, bins: int) -> NDArray[np.int32]:
+    """Sine window times cosine of the first `bins` of `hop` frequencies, times BASIS_SCALE: [2*hop, bins].
+
+    Orthonormal up to rounding when bins = hop (Princen and Bradley, 1986).
+    """
+    n, k = np.arange(2 * hop)[:, None], np.arange(bins)[None, :]
+    window = np.sin(np.pi * (n + 0.5) / (2 * hop))
+    waves = np.cos(np.pi / hop * (n + 0.5 + hop / 2) * (k + 0.5))
+    return np.rint(np.sqrt(2 / hop) * window * waves * BASIS_SCALE).astype(np.int32)
+
+
+def resample(samples: I16, rate: int, target: int) -> I16:
+    """Polyphase resampling by a Hann-windowed sinc with integer taps; int16, saturating."""
+    if rate == target or not len(samples):
+        return samples
+    up, down = target // gcd(rate, target), rate // gcd(rate, target)
+    width, cutoff = 16, min(1.0, up / down)
+    half = int(np.ceil(width / cutoff))
+    length = -(-len(samples) * up // down)
+    padded = np.pad(samples.astype(np.float64), (half, half + down))
+    out = np.empty(length)
+    offsets = np.arange(-half + 1, half + 1)
+    for phase in range(min(up, length)):
+        places = np.arange(phase, length, up) * down  # in input samples times `up`
+        base, shift = places // up, (phase * down) % up / up
+        distance = (offsets - shift) * cutoff
+        taps = np.sinc(distance) * (0.5 + 0.5 * np.cos(np.pi * np.clip(distance / width, -1, 1)))
+        taps = np.rint(taps / taps.sum() * 32768)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
+        out[phase::up] = windows[base + 1] @ taps
+    return np.clip(np.floor(out / 32768 + 0.5), -32768, 32767).astype(np.int16)
+
+
+class AudioCodec:
+    """int16 [T] mono at `rate` <-> codes int32 [F, books]."""
+
+    kind = "audio"
+
+    def __init__(self, config: dict[str, int], tensors: Tensors) -> None:
+        self.config, self.tensors = config, tensors
+        self.rate, self.hop = config["rate"], config["hop"]
+        self._basis = tensors["basis"].astype(np.float64)
+        limit = 32768.0 * np.sqrt(2 * self.hop) * SCALE * 1.01
+        self.quantizer = ResidualQuantizer(tensors["codebooks"], beam=config["beam"], limit=limit)
+        self.books, self.codes = self.quantizer.books, self.quantizer.codes
+
+    @classmethod
+    def fit(
+        cls,
+        clips: list[I16],
+        *,
+        rate: int,
+        hop: int,
+        bins: int,
+        books: int,
+        codes: int,
+        frames: int = 30_000,
+        seed: int = 0,
+    ) -> AudioCodec:
+        """Fit to mono clips.
+
+        Frames are cut at random places and not on the hop: an MDCT frame changes with its phase, and books
+        fitted to aligned frames only were about 1.5 dB worse on held-out pieces.
+        """
+        rng = np.random.default_rng(seed)
+        basis = mdct_basis(hop, bins)
+        usable = [clip for clip in clips if len(clip) > 2 * hop]
+        spans = np.array([len(clip) - 2 * hop for clip in usable], np.float64)
+        points = []
+        for clip, span in zip(usable, spans):
+            starts = np.sort(rng.integers(0, int(span) + 1, int(np.ceil(frames * span / spans.sum()))))
+            windows = np.lib.stride_tricks.sliding_window_view(clip, 2 * hop)
+            points.append(_transform(windows[starts], basis.astype(np.float64)))
+        cells = np.concatenate(points) if points else np.zeros((1, bins))
+        cells = cells[rng.permutation(len(cells))[:frames]]
+        books_ = fit_books(cells, books, codes, seed=seed, rounds=6, reserve_zero=True)
+        config = {"rate": rate, "hop": hop, "beam": 4}
+        return cls(config, {"basis": basis, "codebooks": books_})
+
+    def frames(self, samples: int) -> int:
+        """Frames that `samples` samples give."""
+        return -(-samples // self.hop) + 1 if samples else 0
+
+    def encode(self, samples: I16) -> NDArray[np.int32]:
+        """Codes int32 [F, books] of int16 [T]."""
+        stream = self.stream()
+        return np.concatenate([stream.push(samples), stream.flush()])
+
+    def encode_frames(self, frames: NDArray[np.int16]) -> NDArray[np.int32]:
+        """Codes of frames of samples int16 [n, 2*hop]: int32 [n, books]."""
+        if not len(frames):
+            return np.zeros((0, self.books), np.int32)
+        return self.quantizer.encode(_transform(frames, self._basis))
+
+    def stream(self) -> AudioEncoder:
+        """An encoder that takes the samples in pieces of any size and gives the same codes."""
+        return AudioEncoder(self)
+
+    def decode(self, codes: NDArray[np.int32]) -> I16:
+        """int16 [(F - 1) hop] by overlap-add; a missing code (-1) adds nothing."""
+        if len(codes) < 2:
+            return np.zeros(0, np.int16)
+        coefficients = self.quantizer.decode(codes) / SCALE
+        frames = coefficients @ self._basis.T / BASIS_SCALE
+        out = frames[1:, : self.hop] + frames[:-1, self.hop :]
+        return np.clip(np.rint(out), -32768, 32767).astype(np.int16).reshape(-1)
+
+    def to_bytes(self) -> bytes:
+        """The codec file."""
+        return pack_codec(self.kind, self.config, self.tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> AudioCodec:
+        """Load `to_bytes`; VocabularyError when it is something else."""
+        return cls(*unpack_codec(data, cls.kind, where=where))
+
+
+class AudioEncoder:
+    """Encodes a stream: `push` samples as they come, `flush` once at the end."""
+
+    def __init__(self, codec: AudioCodec) -> None:
+        self._codec = codec
+        self._rest = np.zeros(codec.hop, np.int16)  # samples that the next frame still needs
+        self._samples = 0
+        self._frames = 0
+
+    def push(self, samples: I16) -> NDArray[np.int32]:
+        """Codes int32 [n, books] of the frames that are complete now (n may be 0)."""
+        if samples.ndim != 1 or samples.dtype != np.int16:
+            raise DataError(f"audio must be int16 [T] mono, got {samples.dtype} {list(samples.shape)}")
+        self._samples += len(samples)
+        return self._emit(np.concatenate([self._rest, samples]))
+
+    def flush(self) -> NDArray[np.int32]:
+        """Codes of the last frames, which reach past the end."""
+        missing = self._codec.frames(self._samples) - self._frames
+        needed = (missing + 1) * self._codec.hop - len(self._rest) if missing else 0
+        return self._emit(np.concatenate([self._rest, np.zeros(needed, np.int16)]))
+
+    def _emit(self, samples: I16) -> NDArray[np.int32]:
+        hop = self._codec.hop
+        ready = max(0, len(samples) // hop - 1)
+        self._rest = samples[ready * hop :]
+        self._frames += ready
+        if not ready:
+            return np.zeros((0, self._codec.books), np.int32)
+        windows = np.lib.stride_tricks.sliding_window_view(samples, 2 * hop)[::hop]
+        return self._codec.encode_frames(windows[:ready])
+
+
+def _transform(frames: NDArray[np.int16], basis: NDArray[np.float64]) -> NDArray[np.float64]:
+    """MDCT of frames [n, 2*hop], times SCALE, rounded half up to integers: [n, bins]."""
+    out = np.empty((len(frames), basis.shape[1]))
+    for start in range(0, len(frames), 4096):
+        sums = frames[start : start + 4096].astype(np.float64) @ basis
+        out[start : start + 4096] = np.floor(sums / (BASIS_SCALE // SCALE) + 0.5)
+    return out

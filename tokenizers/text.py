@@ -1,0 +1,146 @@
+"""Text codec: sentencepiece BPE that gives every string back.
+
+Byte fallback, identity normalisation, no dummy prefix, whitespace kept, newline as a piece of its own. What
+sentencepiece cannot tell apart is a literal U+2581 from a space (it uses that character for spaces inside),
+so U+2581 is written as U+E000 "1" and a literal U+E000 as U+E000 "0" before encoding, and back after.
+Lone surrogates are not text in UTF-8 and are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from ringweave.tokenizers.codec import sha256
+from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.manifest import canonical_json
+
+ESCAPE, SPACE = "\ue000", "\u2581"
+_ESCAPED = re.compile(f"{ESCAPE}([01])")
+#: What the trainer and every loaded model must use: anything else loses characters.
+NORMALIZER = {
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+}
+PROBE = " two  spaces\n\n\ttab\r\n\x00 \u00e9 e\u0301 \u2581 \ue000 \ue0001 \U0001f469\u200d\U0001f4bb <0x41><unk> "
+
+
+def escape(text: str) -> str:
+    """`text` without U+2581."""
+    if ESCAPE not in text and SPACE not in text:
+        return text
+    return text.replace(ESCAPE, ESCAPE + "0").replace(SPACE, ESCAPE + "1")
+
+
+def unescape(text: str) -> str:
+    """Inverse of `escape`; a stray U+E000 (possible in generated text only) stays as it is."""
+    if ESCAPE not in text:
+        return text
+    return _ESCAPED.sub(lambda found: ESCAPE if found[1] == "0" else SPACE, text)
+
+
+def training_lines(texts: Iterable[str], *, limit: int = 4096) -> Iterator[str]:
+    """Lines of at most `limit` characters: the trainer would skip longer ones without a word."""
+    for text in texts:
+        for line in escape(text).splitlines(keepends=True):
+            for start in range(0, len(line), limit):
+                yield line[start : start + limit].replace("\x00", "")
+
+
+class TextCodec:
+    """text <-> local ids [0, size)."""
+
+    kind = "text"
+
+    def __init__(self, model: bytes, *, where: str = "") -> None:
+        self.model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except Exception as error:  # the wrapper raises RuntimeError or TypeError, by version
+            raise VocabularyError("not a sentencepiece model", where=where, why=str(error)) from error
+        if self.decode(self.encode(PROBE, where=where)) != PROBE:
+            raise VocabularyError(
+                "this sentencepiece model loses characters",
+                where=where,
+                why="it normalises, strips whitespace, or has no byte fallback",
+                fix="train one with: ringweave tokenizer train",
+            )
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], *, size: int) -> TextCodec:
+        """Train on `texts`. A corpus too small for `size` pieces gives fewer."""
+        sink = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=training_lines(texts),
+                model_writer=sink,
+                model_type="bpe",
+                vocab_size=size,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                user_defined_symbols=["\n"],
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=1 << 20,
+                num_threads=1,  # the vocabulary of some trainers depends on it
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                minloglevel=2,
+                **NORMALIZER,
+            )
+        except RuntimeError as error:
+            raise DataError(
+                "cannot train the text tokenizer", why=str(error), fix="give it more text, or a smaller vocabulary"
+            ) from error
+        return cls(sink.getvalue())
+
+    @property
+    def size(self) -> int:
+        """Number of pieces."""
+        return self._processor.get_piece_size()
+
+    def piece_hash(self) -> str:
+        """sha256 over pieces, scores, kinds and the normaliser; equal vocabularies have equal hashes."""
+        model = self._processor
+        pieces = [
+            [
+                model.id_to_piece(i),
+                float(model.get_score(i)).hex(),
+                [model.is_unknown(i), model.is_control(i), model.is_byte(i), model.is_unused(i)],
+            ]
+            for i in range(self.size)
+        ]
+        return sha256(canonical_json({"pieces": pieces, "normalizer": NORMALIZER}).encode("utf-8"))
+
+    def encode(self, text: str, *, where: str = "") -> NDArray[np.int32]:
+        """Local ids of the whole of `text`, int32 [n]; DataError for a lone surrogate."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the text holds a lone surrogate at character {error.start}",
+                where=where,
+                why="it has no UTF-8 form, so it could not be given back",
+                fix="decode the source with the right encoding",
+            ) from error
+        return np.asarray(self._processor.encode(escape(text)), np.int32)
+
+    def decode(self, ids: NDArray[np.int32]) -> str:
+        """Inverse of `encode`; byte pieces that are not UTF-8 become U+FFFD. Ids must lie in [0, size)."""
+        return unescape(self._processor.decode(np.asarray(ids).tolist()))
+
+    def to_bytes(self) -> bytes:
+        """The sentencepiece model (protobuf)."""
+        return self.model
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str) -> TextCodec:
+        """Load `to_bytes`."""
+        return cls(data, where=where)
