@@ -11,7 +11,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ringweave.tokenizers.codec import Tensors, from_patches, pack_codec, pad_to, to_patches, to_uint8, unpack_codec
+from ringweave.tokenizers.codec import (
+    Tensors,
+    from_patches,
+    pack_codec,
+    pad_to,
+    to_patches,
+    to_uint8,
+    unpack_codec,
+)
 from ringweave.tokenizers.vq import ResidualQuantizer, fit_books
 
 BASIS_SCALE = 256
@@ -91,7 +99,7 @@ class ImageCodec:
         return self.quantizer.encode(points @ self._basis)[:, 0].reshape(grid.shape[:-1])
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """Codes of uint8 [..., H, W, 3]: int32 [..., h, w]. Sides are padded by their edge to whole patches."""
+        """Codes int32 [..., h, w] of uint8 [..., H, W, 3]; sides are padded by their edge to whole patches."""
         return self._encode_patches(to_patches(pad_to(images, self.patch), self.patch))
 
     def decode(self, codes: NDArray[np.int32]) -> NDArray[np.uint8]:

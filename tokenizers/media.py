@@ -46,7 +46,9 @@ def decode_image(data: bytes, *, where: str, max_pixels: int = MAX_PIXELS) -> ND
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise _refuse("image", where, f"{image.width}x{image.height} is more than {max_pixels} pixels")
+                raise _refuse(
+                    "image", where, f"{image.width}x{image.height} is more than {max_pixels} pixels"
+                )
             if getattr(image, "n_frames", 1) > 1:
                 raise _refuse("image", where, "it is an animation", "store its frames as video")
             image.load()

@@ -15,10 +15,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ringweave.tokenizers.codec import SCALE, Tensors, from_patches, pack_codec, pad_to, to_patches, unpack_codec
+from ringweave.tokenizers.codec import (
+    SCALE,
+    Tensors,
+    from_patches,
+    pack_codec,
+    pad_to,
+    to_patches,
+    unpack_codec,
+)
+from ringweave.tokenizers.grid import BLANK, MISSING
 from ringweave.tokenizers.vq import ResidualQuantizer, fit_books
 
-MISSING, BLANK = -1, -2
 OPAQUE = 0  # the alpha code of a wholly opaque cell
 
 
@@ -38,7 +46,9 @@ class RgbaCodec:
         self.colour = ResidualQuantizer(tensors["colour"], limit=2 * limit)
         self.books = self.alpha.books
         #: ids of the blocks: first alpha book (with OPAQUE), the other alpha books, colour.
-        self.block_sizes = [self.alpha.codes + 1] + [self.alpha.codes] * (self.books - 1) + [self.colour.codes]
+        self.block_sizes = (
+            [self.alpha.codes + 1] + [self.alpha.codes] * (self.books - 1) + [self.colour.codes]
+        )
 
     @classmethod
     def fit(
@@ -80,7 +90,7 @@ class RgbaCodec:
         return out.reshape(*grid.shape[:-2], self.books + 1)
 
     def decode(self, cells: NDArray[np.int32]) -> NDArray[np.uint8]:
-        """Straight-alpha uint8 [..., p*h, p*w, 4]. A cell whose first alpha code is missing is transparent."""
+        """Straight-alpha uint8 [..., p*h, p*w, 4]; a cell without its first alpha code is transparent."""
         flat = cells.reshape(-1, self.books + 1)
         codes = np.maximum(flat, MISSING)
         codes[:, 0] = np.where(codes[:, 0] >= 1, codes[:, 0] - 1, MISSING)

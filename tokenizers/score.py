@@ -9,8 +9,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ringweave.tokenizers.codec import SCALE, Tensors, from_patches, pack_codec, pad_to, to_patches, unpack_codec
-from ringweave.tokenizers.rgba import BLANK, MISSING
+from ringweave.tokenizers.codec import (
+    SCALE,
+    Tensors,
+    from_patches,
+    pack_codec,
+    pad_to,
+    to_patches,
+    unpack_codec,
+)
+from ringweave.tokenizers.grid import BLANK, MISSING
 from ringweave.tokenizers.vq import ResidualQuantizer, fit_books
 
 BLANK_BELOW = 24

@@ -44,7 +44,9 @@ class Segment:
         if self.modality not in MODALITY_ID:
             raise ValueError(f"unknown modality {self.modality!r}; known: {', '.join(MODALITIES)}")
         if self.ids.ndim != 1 or self.positions.shape != (len(self.ids), 4):
-            raise ValueError(f"ids {self.ids.shape} and positions {self.positions.shape} must be [n] and [n, 4]")
+            raise ValueError(
+                f"ids {self.ids.shape} and positions {self.positions.shape} must be [n] and [n, 4]"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -28,7 +28,9 @@ NORMALIZER = {
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
 }
-PROBE = " two  spaces\n\n\ttab\r\n\x00 \u00e9 e\u0301 \u2581 \ue000 \ue0001 \U0001f469\u200d\U0001f4bb <0x41><unk> "
+PROBE = (
+    " two  spaces\n\n\ttab\r\n\x00 \u00e9 e\u0301 \u2581 \ue000 \ue0001 \U0001f469\u200d\U0001f4bb <0x41> "
+)
 
 
 def escape(text: str) -> str:
@@ -97,7 +99,9 @@ class TextCodec:
             )
         except RuntimeError as error:
             raise DataError(
-                "cannot train the text tokenizer", why=str(error), fix="give it more text, or a smaller vocabulary"
+                "cannot train the text tokenizer",
+                why=str(error),
+                fix="give it more text, or a smaller vocabulary",
             ) from error
         return cls(sink.getvalue())
 

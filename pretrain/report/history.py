@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` says about a run, as values: steps, attempts, stages and the questions asked of them."""
+"""What `metrics.jsonl` says about a run, as values: its steps, attempts and stages. No numpy, no torch."""
 
 from __future__ import annotations
 

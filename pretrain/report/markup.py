@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from ringweave.pretrain.report.safe_text import text
-from ringweave.pretrain.report.style import COLOURS, CSS, OTHER_COLOUR, POLICY
+from ringweave.pretrain.report.style import COLOURS, CSS, OTHER_COLOUR
 
 STATES: dict[str, str] = {"good": "holds", "warn": "partly", "bad": "fails", "none": "not measured"}
 
@@ -22,7 +22,7 @@ _ICONS = {
 }
 
 # The policy is a second lock behind the escaping: nothing may load or run, whatever the data says.
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
 def icon(state: str) -> str:
@@ -95,7 +95,7 @@ def page(
     links = "".join(f'<a href="#{slug}">{text(name)}</a>' for slug, name in nav)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><meta name="referrer" content="no-referrer">'
         f"<title>{text(title)}</title>\n<style>{CSS}</style></head>\n<body><main>\n"

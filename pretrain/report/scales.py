@@ -1,4 +1,4 @@
-"""Scales of the charts and what is done to a line of points before it is drawn: ticks, thinning, smoothing."""
+"""Scales of the charts and what is done to points before they are drawn: ticks, thinning, smoothing."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringweave.pretrain.report.bar_charts import stacked_bars
-from ringweave.pretrain.report.history import TIME_PARTS, layout_name
+from ringweave.pretrain.report.history import TIME_PARTS, RunHistory, layout_name
 from ringweave.pretrain.report.inputs import Inputs, mappings
 from ringweave.pretrain.report.line_charts import value_chart
 from ringweave.pretrain.report.markup import figure, missing, table
@@ -21,22 +21,8 @@ def speed_section(inputs: Inputs) -> tuple[str, str]:
         (s.tokens, s.tokens_per_s) for s in h.steps if s.tokens is not None and s.tokens_per_s is not None
     ]
     if not rows:
-        proof = mappings(inputs.get("proof.json").get("stages"))
-        told = table(
-            ("Context", "Layout", "Steps", "Tokens", "Tokens/s"),
-            [
-                (
-                    context_name(int(num(s.get("context")) or 0)),
-                    text(layout_name(s.get("layout"))),
-                    count(num(s.get("steps"))),
-                    short(num(s.get("tokens"))),
-                    short(num(s.get("tokens_per_s"))),
-                )
-                for s in proof
-            ],
-            left=(0, 1),
-        )
-        return "", missing("throughput by step", "metrics.jsonl holds no steps.") + (told if proof else "")
+        told = _stages_of_proof(inputs)
+        return "", missing("throughput by step", "metrics.jsonl holds no steps.") + told
     xs, ys = zip(*rows)
     left = figure(
         value_chart("tokens_per_s", xs, ys, stage_bands(h, levels=True), restart_marks(h), unit="tokens/s"),
@@ -54,7 +40,29 @@ def speed_section(inputs: Inputs) -> tuple[str, str]:
         if whole
         else ""
     )
-    stages = table(
+    return lede, f'<div class="cols">{left}{right}</div>{_stage_table(h)}{_estimate(h)}'
+
+
+def _stages_of_proof(inputs: Inputs) -> str:
+    """The stages as proof.json has them, "" without any: for a run whose log is gone."""
+    proof = mappings(inputs.get("proof.json").get("stages"))
+    if not proof:
+        return ""
+    rows = [
+        (
+            context_name(int(num(s.get("context")) or 0)),
+            text(layout_name(s.get("layout"))),
+            count(num(s.get("steps"))),
+            short(num(s.get("tokens"))),
+            short(num(s.get("tokens_per_s"))),
+        )
+        for s in proof
+    ]
+    return table(("Context", "Layout", "Steps", "Tokens", "Tokens/s"), rows, left=(0, 1))
+
+
+def _stage_table(h: RunHistory) -> str:
+    return table(
         ("Stage", "Context", "Layout", "Steps", "Tokens", "Batch", "RoPE θ", "Median step", "Tokens/s"),
         [
             (
@@ -72,12 +80,15 @@ def speed_section(inputs: Inputs) -> tuple[str, str]:
         ],
         left=(0, 1, 2),
     )
+
+
+def _estimate(h: RunHistory) -> str:
+    """What the time left was said to be and what it came to; "" before the run's end."""
     eta = h.eta_check()
-    note = ""
-    if eta:
-        progress, said, true = eta
-        note = (
-            f'<p class="note">The time left given at {percent(progress)} of the run was {duration(said)}; '
-            f"the steps then took {duration(true)} ({(said - true) / true * 100:+.0f} %).</p>"
-        )
-    return lede, f'<div class="cols">{left}{right}</div>{stages}{note}'
+    if not eta:
+        return ""
+    progress, said, true = eta
+    return (
+        f'<p class="note">The time left given at {percent(progress)} of the run was {duration(said)}; '
+        f"the steps then took {duration(true)} ({(said - true) / true * 100:+.0f} %).</p>"
+    )
