@@ -21,7 +21,7 @@ def write_fast_tokenizer(tokenizers: Any, out: Path, *, context: int) -> None:
     """
     from transformers import PreTrainedTokenizerFast
 
-    codec, start = tokenizers.text, tokenizers.manifest.block("text").start
+    codec, start = tokenizers.codecs["text"], tokenizers.manifest.block("text").start
     fast = PreTrainedTokenizerFast(
         tokenizer_object=_build(codec.model, start), bos_token=_control("bos"), eos_token=_control("eos"),
         pad_token=_control("pad"), model_max_length=context, clean_up_tokenization_spaces=False,

@@ -8,9 +8,12 @@ patch it is about 0.8 dB better, because chroma and texture share the bits with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ringweave.tokenizers.blend import fit_blend, neighbourhood
 from ringweave.tokenizers.codec import (
     Tensors,
     from_patches,
@@ -69,43 +72,31 @@ class ImageCodec:
             "blend": np.zeros((9 * features + 1, len(mean)), np.float32),
         }
         codec = cls({"patch": patch, "features": features}, tensors)
-        tensors["blend"] = codec._fit_blend(grids[:1500])
+        tensors["blend"] = fit_blend(codec._misses(grids[:800]))
         return cls(codec.config, tensors)
 
-    def _fit_blend(self, grids: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """Least squares from neighbourhood features to what the code's own patch misses."""
-        size = len(self._blend)
-        gram, right = np.zeros((size, size)), np.zeros((size, self._blend.shape[1]))
+    def _misses(
+        self, grids: list[NDArray[np.uint8]]
+    ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """For each grid of patches: neighbourhood features, and what the codes' own patches miss."""
         for grid in grids:
             codes = self._encode_patches(grid)
-            inputs = self._neighbourhood(codes).reshape(-1, size)
-            missed = (grid - self._patches[codes]).reshape(-1, grid.shape[-1])
-            gram += inputs.T @ inputs
-            right += inputs.T @ missed
-        ridge = 1e-6 * np.trace(gram) / size
-        return np.linalg.solve(gram + ridge * np.eye(size), right).astype(np.float32)
-
-    def _neighbourhood(self, codes: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Features of the 3x3 codes around each cell, edges repeated, and a 1: [..., h, w, 9*F + 1]."""
-        features = self._features[codes]
-        rows, columns = codes.shape[-2:]
-        lead = [(0, 0)] * (codes.ndim - 2)
-        padded = np.pad(features, [*lead, (1, 1), (1, 1), (0, 0)], mode="edge")
-        shifted = [padded[..., y : y + rows, x : x + columns, :] for y in range(3) for x in range(3)]
-        return np.concatenate([*shifted, np.ones((*codes.shape, 1))], axis=-1)
+            inputs = neighbourhood(self._features[codes])
+            missed = grid - self._patches[codes]
+            yield inputs.reshape(-1, inputs.shape[-1]), missed.reshape(-1, missed.shape[-1])
 
     def _encode_patches(self, grid: NDArray[np.uint8]) -> NDArray[np.int32]:
         points = grid.reshape(-1, grid.shape[-1]).astype(np.float64) - self._mean
         return self.quantizer.encode(points @ self._basis)[:, 0].reshape(grid.shape[:-1])
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """Codes int32 [..., h, w] of uint8 [..., H, W, 3]; sides are padded by their edge to whole patches."""
+        """Codes int32 [..., h, w] of uint8 [..., H, W, 3], edge-padded to whole patches."""
         return self._encode_patches(to_patches(pad_to(images, self.patch), self.patch))
 
     def decode(self, codes: NDArray[np.int32]) -> NDArray[np.uint8]:
         """uint8 [..., p*h, p*w, 3] of codes [..., h, w]; -1 (missing) decodes to the mean patch."""
         codes = np.where(codes < 0, self.codes, codes)
-        values = self._patches[codes] + self._neighbourhood(codes) @ self._blend
+        values = self._patches[codes] + neighbourhood(self._features[codes]) @ self._blend
         return to_uint8(from_patches(values, self.patch, CHANNELS))
 
     def to_bytes(self) -> bytes:

@@ -165,7 +165,7 @@ class Parser:
 
 
 def _run_end(start: int, stop: int, inside: Callable[[slice], NDArray[np.bool_]]) -> int:
-    """First place from `start` where `inside` is False, or `stop`. Looks at growing parts: linear in total."""
+    """First place from `start` where `inside` is False, or `stop`; in growing parts, linear in total."""
     size = 64
     while start < stop:
         part = slice(start, min(stop, start + size))

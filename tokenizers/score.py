@@ -1,14 +1,18 @@
 """Score codec: ink patches of an engraved page, coded by residual k-means, with an id for blank paper.
 
 Works on ink (255 - grey), so paper is 0. A cell whose ink stays below `blank_below` is BLANK: one control
-id, decoded to white exactly. The other cells cost one id per book.
+id, decoded to white exactly. The other cells cost one id per book. Decoding adds a linear correction from
+the 3x3 neighbourhood (`blend`), which mends staff lines across patches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ringweave.tokenizers.blend import fit_blend, neighbourhood
 from ringweave.tokenizers.codec import (
     SCALE,
     Tensors,
@@ -16,12 +20,14 @@ from ringweave.tokenizers.codec import (
     pack_codec,
     pad_to,
     to_patches,
+    to_uint8,
     unpack_codec,
 )
 from ringweave.tokenizers.grid import BLANK, MISSING
 from ringweave.tokenizers.vq import ResidualQuantizer, fit_books
 
 BLANK_BELOW = 24
+F64 = NDArray[np.float64]
 
 
 class ScoreCodec:
@@ -35,6 +41,8 @@ class ScoreCodec:
         limit = 256.0 * SCALE * self.patch
         self.quantizer = ResidualQuantizer(tensors["codebooks"], beam=config["beam"], limit=limit)
         self.books, self.codes = self.quantizer.books, self.quantizer.codes
+        self._project = tensors["project"].astype(np.float64)  # [p*p, F]
+        self._blend = tensors["blend"].astype(np.float64)  # [9*F + 1, p*p]
 
     @classmethod
     def fit(
@@ -44,9 +52,31 @@ class ScoreCodec:
         rng = np.random.default_rng(seed)
         cells = np.concatenate([_ink(page, patch).reshape(-1, patch * patch) for page in pages])
         cells = cells[cells.max(1) >= BLANK_BELOW]
-        cells = cells[rng.permutation(len(cells))[:30_000]].astype(np.float64) * SCALE
-        books_ = fit_books(cells, books, codes, seed=seed, rounds=8)
-        return cls({"patch": patch, "beam": 8, "blank_below": BLANK_BELOW}, {"codebooks": books_})
+        cells = cells[rng.permutation(len(cells))[:50_000]].astype(np.float64)
+        book = fit_books(cells * SCALE, books, codes, seed=seed, rounds=10)
+        _, vectors = np.linalg.eigh(cells.T @ cells)
+        features = min(32, patch * patch)
+        tensors: Tensors = {
+            "codebooks": book,
+            "project": vectors[:, ::-1][:, :features].astype(np.float32),
+            "blend": np.zeros((9 * features + 1, patch * patch), np.float32),
+        }
+        codec = cls({"patch": patch, "beam": 8, "blank_below": BLANK_BELOW}, tensors)
+        tensors["blend"] = fit_blend(codec._misses(pages[:200]))
+        return cls(codec.config, tensors)
+
+    def _misses(self, pages: list[NDArray[np.uint8]]) -> Iterator[tuple[F64, F64]]:
+        """For the marked cells of each page: neighbourhood features, and what their codes miss."""
+        for page in pages:
+            codes = self.encode(page)
+            ink = self._ink_of(codes)
+            marked = codes[..., 0] != BLANK
+            yield neighbourhood(ink @ self._project)[marked], (_ink(page, self.patch) - ink)[marked]
+
+    def _ink_of(self, codes: NDArray[np.int32]) -> F64:
+        """Ink [h, w, p*p] of the codes alone; 0 where blank or missing."""
+        flat = np.maximum(codes.reshape(-1, self.books), MISSING)
+        return (self.quantizer.decode(flat) / SCALE).reshape(*codes.shape[:-1], -1)
 
     def encode(self, page: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Codes int32 [h, w, books] of grey uint8 [H, W], padded with paper to whole patches."""
@@ -59,10 +89,10 @@ class ScoreCodec:
 
     def decode(self, codes: NDArray[np.int32]) -> NDArray[np.uint8]:
         """Grey uint8 [p*h, p*w]; blank and missing cells are white."""
-        flat = np.maximum(codes.reshape(-1, self.books), MISSING)
-        ink = np.clip(np.rint(self.quantizer.decode(flat) / SCALE), 0, 255)
-        grid = (255 - ink).astype(np.uint8).reshape(*codes.shape[:-1], -1)
-        return from_patches(grid, self.patch, 1)[..., 0]
+        ink = self._ink_of(codes)
+        ink = ink + neighbourhood(ink @ self._project) @ self._blend
+        ink[codes[..., 0] < 0] = 0
+        return from_patches(255 - to_uint8(ink), self.patch, 1)[..., 0]
 
     def to_bytes(self) -> bytes:
         """The codec file."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
 EXACT = 2.0**53
-ROWS = 2048  # rows quantised at a time: bounds memory, changes nothing else
+ROWS = 512  # rows quantised at a time: bounds memory, changes nothing else
 
 
 def kmeans(
@@ -47,10 +47,11 @@ def kmeans(
 
 def _nearest(points: F64, centres: F64) -> tuple[NDArray[np.int64], F64]:
     """Index of the nearest centre (the first of equals) and |x - c|^2 - |x|^2, both [n]."""
-    norms = (centres * centres).sum(1)
+    norms, turned = (centres * centres).sum(1), np.ascontiguousarray(-2.0 * centres.T)
     owner, cost = np.empty(len(points), np.int64), np.empty(len(points))
     for start in range(0, len(points), ROWS):
-        distance = norms - 2.0 * (points[start : start + ROWS] @ centres.T)
+        distance = points[start : start + ROWS] @ turned
+        distance += norms
         best = distance.argmin(1)
         owner[start : start + ROWS] = best
         cost[start : start + ROWS] = distance[np.arange(len(best)), best]
@@ -92,7 +93,7 @@ class ResidualQuantizer:
     def encode(self, points: F64) -> NDArray[np.int32]:
         """Codes of integer `points` [n, D]: int32 [n, Q]. Equal distances go to the lower code."""
         out = np.empty((len(points), self.books), np.int32)
-        rows = max(1, ROWS // self.beam)
+        rows = ROWS if self.books == 1 else max(1, 2 * ROWS // self.beam)
         for start in range(0, len(points), rows):
             out[start : start + rows] = self._search(points[start : start + rows])
         return out
