@@ -138,5 +138,7 @@ def _scores(q: Tensor, k: Tensor, *, causal: bool, scale: float) -> Tensor:
     scores = torch.einsum("qhd,khd->hqk", q.to(acc), _expand(k, q.shape[1]).to(acc)) * scale
     if causal:
         n = q.shape[0]
-        scores = scores.masked_fill(~torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), float("-inf"))
+        scores = scores.masked_fill(
+            ~torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), float("-inf")
+        )
     return scores

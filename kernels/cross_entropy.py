@@ -81,7 +81,9 @@ def head_cross_entropy(
 def head_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same from whole logits: the slow truth of the tests."""
     logits = hidden @ weight.t()
-    return torch.nn.functional.cross_entropy(logits.to(_wide(hidden.dtype)), targets.long(), ignore_index=-1, reduction="none")
+    return torch.nn.functional.cross_entropy(
+        logits.to(_wide(hidden.dtype)), targets.long(), ignore_index=-1, reduction="none"
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(order: Tensor, *, dim: int, theta: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    order: Tensor, *, dim: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [T, dim], for integer positions `order` [T]; angles are formed in fp32 or wider.
 
     Frequencies theta^(-2j/dim), j < dim/2, repeated over both halves.

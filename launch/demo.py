@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from ringweave.launch.demo_proof import layout_proof, resume_proof, stage_proof
 from ringweave.launch.commands_data import load_tokenizers, records_by_source
+from ringweave.launch.demo_proof import layout_proof, resume_proof, stage_proof, tokenizer_proof
 from ringweave.pretrain.config import RunConfig, load_config
 from ringweave.pretrain.errors import StorageError
 from ringweave.pretrain.run_folder import read_events, write_json
@@ -134,8 +134,9 @@ def _data(out: Path, say: _Steps, progress: Progress) -> dict[str, Any]:
 def _tokenizers(out: Path, config: RunConfig, say: _Steps, progress: Progress) -> dict[str, Any]:
     """Fit on the train shards, measure and picture the held-out ones, and make every token cache."""
     from ringweave.pretrain.job import open_corpus
-    from ringweave.tokenizers.fit import fit_tokenizers, measure
+    from ringweave.tokenizers.fit import fit_tokenizers
     from ringweave.tokenizers.manifest import VocabularyManifest
+    from ringweave.tokenizers.measure import measure
     from ringweave.tokenizers.show import show
 
     say("fitting six tokenizers in closed form")
@@ -157,9 +158,8 @@ def _tokenizers(out: Path, config: RunConfig, say: _Steps, progress: Progress) -
 
 def _train(config: RunConfig, out: Path, overrides: list[str], say: _Steps) -> int:
     """Train, kill everything in stage 2 with SIGKILL, and train on. Gives the last step seen before the kill."""
-    say(
-        f"training {config.total_steps} steps on {config.world} ranks through {len(config.stages)} stages, to be killed in the second"
-    )
+    stages, ranks = len(config.stages), config.world
+    say(f"training {config.total_steps} steps, {ranks} ranks, {stages} stages; to be killed in the second")
     process = _start(overrides)
     try:
         killed_at = _kill_in_second_stage(process, config, out)
@@ -199,6 +199,7 @@ def _kill_in_second_stage(process: subprocess.Popen[bytes], config: RunConfig, o
     raise DemoFailed(
         f"training ended by itself (exit code {process.returncode}) before it could be killed",
         where=str(out / "logs"),
+        fix="read the rank logs",
     )
 
 
@@ -253,7 +254,7 @@ def _after(
     }
     return {
         "data": counts,
-        "tokenizers": figures,
+        "tokenizers": tokenizer_proof(figures),
         "stages": stage_proof(out, config),
         "heldout": {m: {k: v[k] for k in ("loss", "unigram_entropy")} for m, v in heldout.items()},
         "resume": resume_proof(out, config, corpus, killed_at),
@@ -281,28 +282,23 @@ def _broken(proof: dict[str, Any]) -> list[str]:
 
 def _summary(proof: dict[str, Any], report: Path) -> None:
     """What a person reads at the end."""
-    r, layouts = proof["resume"], proof["layouts"]
+    r, layouts, export = proof["resume"], proof["layouts"], proof["export"]
     print("\n" + "─" * 78)
-    print("held-out loss, nats a token      trained   unigram")
+    print("held-out loss, nats a token          trained   unigram")
     for modality, v in proof["heldout"].items():
-        print(
-            f"  {modality:30} {v['loss']:7.3f}   {v['unigram_entropy']:7.3f}  {'ok' if v['loss'] < v['unigram_entropy'] else 'NOT LEARNT'}"
-        )
+        verdict = "learnt" if v["loss"] < v["unigram_entropy"] else "NOT LEARNT"
+        print(f"  {modality:32} {v['loss']:9.3f} {v['unigram_entropy']:9.3f}  {verdict}")
     for s in proof["stages"]:
-        print(
-            f"stage: context {s['context']:>5} on {s['layout']:9} {s['steps']:4} steps, {s['tokens_per_s']:7.0f} tokens/s, fill {s['fill']:.1%}"
-        )
+        speed = f"{s['tokens_per_s']:7.0f} tokens/s, fill {s['fill']:.1%}"
+        print(f"stage    context {s['context']:5} on {s['layout']:8} {s['steps']:4} steps, {speed}")
     print(
-        f"resume: killed at step {r['killed_at_step']}, {r['steps_trained_twice']} steps trained twice; samples lost "
-        f"{r['samples_lost']}, repeated {r['samples_repeated']}, largest loss difference {r['max_loss_diff']:g}"
+        f"resume   killed at step {r['killed_at_step']}, {r['steps_trained_twice']} steps trained twice; samples lost "
+        f"{r['samples_lost']}, repeated {r['samples_repeated']}; losses differ by {r['max_loss_diff']:g}"
     )
-    print(
-        f"layouts: loss within {layouts['max_rel_loss_diff']:.1e}, gradients within {layouts['max_rel_grad_diff']:.1e} of one process"
-    )
-    print(
-        f"export: {proof['export']['class']} loaded by transformers, logits within {proof['export']['max_abs_logit_diff']:.1e}"
-    )
-    print(f"{proof['seconds']:.0f} s, peak memory {proof['peak_rss_gib']:.1f} GiB")
+    loss, grad = layouts["max_rel_loss_diff"], layouts["max_rel_grad_diff"]
+    print(f"layouts  loss within {loss:.1e}, gradients within {grad:.1e} of one process")
+    print(f"export   {export['class']} in transformers, logits within {export['max_abs_logit_diff']:.1e}")
+    print(f"took     {proof['seconds']:.0f} s, peak memory {proof['peak_rss_gib']:.1f} GiB")
     for line in _broken(proof):
-        print(f"BROKEN  {line}")
-    print(f"report: {report}\nproof:  {report.parent / 'proof.json'}")
+        print(f"BROKEN   {line}")
+    print(f"report   {report}\nproof    {report.parent / 'proof.json'}")

@@ -83,6 +83,13 @@ def ideal_stream(config: RunConfig, corpus: Any) -> list[tuple[int, list[Piece]]
     return packs
 
 
+def tokenizer_proof(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Held-out figures of every codec as one flat table; rgba_psnr is the worst over its backgrounds."""
+    flat = {f"{name}_{key}": value for name, numbers in figures.items() for key, value in numbers.items()}
+    over = [v for k, v in figures["rgba"].items() if k.startswith("psnr_")]
+    return {**flat, "rgba_psnr": min(over)}
+
+
 def layout_proof(verified: dict[str, Any]) -> dict[str, Any]:
     """The largest differences over the layouts that `ringweave verify` compared with one process."""
     return {

@@ -46,7 +46,7 @@ def encode_file(path: Path, tokenizers: Any, *, modality: str | None = None) -> 
             return tokenizers.text_segment(data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError("not UTF-8 text", where=str(path), why=str(error)) from error
-    from ringweave.tokenizers import media
+    import ringweave.tokenizers.media as media
 
     where = str(path)
     if chosen == "audio":

@@ -6,6 +6,7 @@ tp neighbours have neighbouring ranks, which launchers place on one node.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -29,9 +30,16 @@ class Mesh:
     rank_on: dict[str, int]
 
     @classmethod
-    def build(cls, *, dp: int = 1, pp: int = 1, tp: int = 1, sp: int = 1, device: str = "cpu") -> Mesh:
-        """Make the mesh of the running world. Raises ValueError when the product is not the world size."""
-        sizes = {"dp": dp, "pp": pp, "tp": tp, "sp": sp}
+    def build(cls, layout: Mapping[str, int], *, device: str = "cpu") -> Mesh:
+        """Make the mesh of the running world from sizes by axis (missing axes are 1).
+
+        Raises ValueError when their product is not the world size, or an axis is unknown.
+        """
+        unknown = set(layout) - set(AXES)
+        if unknown:
+            raise ValueError(f"unknown mesh axes {sorted(unknown)}; known: {', '.join(AXES)}")
+        sizes = {axis: layout.get(axis, 1) for axis in AXES}
+        dp, pp, tp, sp = sizes.values()
         world = dist.get_world_size()
         if dp * pp * tp * sp != world:
             raise ValueError(f"dp·pp·tp·sp = {dp}·{pp}·{tp}·{sp} = {dp * pp * tp * sp}, world = {world}")
@@ -39,7 +47,9 @@ class Mesh:
         dp_sp = device_mesh["dp", "sp"]._flatten("dp_sp")
         where = device_mesh.get_coordinate()
         assert where is not None
-        return cls(device_mesh=device_mesh, dp_sp=dp_sp, sizes=sizes, rank_on=dict(zip(AXES, where, strict=True)))
+        return cls(
+            device_mesh=device_mesh, dp_sp=dp_sp, sizes=sizes, rank_on=dict(zip(AXES, where, strict=True))
+        )
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group of this rank along an axis."""

@@ -11,7 +11,9 @@ from ringweave.parallel.ring_plan import RingPlan, plan_ring, ring_slots
 class PackedAttention:
     """Attention over whole packs on one rank, or over a ring when given one and its slot map."""
 
-    def __init__(self, *, ring: Ring | None = None, layout: str = "zigzag", backend: str | None = None) -> None:
+    def __init__(
+        self, *, ring: Ring | None = None, layout: str = "zigzag", backend: str | None = None
+    ) -> None:
         self.ring = ring or Ring()
         self.layout = layout
         self.backend = backend

@@ -33,11 +33,16 @@ class Ring:
         right = dist.get_global_rank(self.group, (self.rank + 1) % self.size)
         left = dist.get_global_rank(self.group, (self.rank - 1) % self.size)
         return dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, send, right, self.group), dist.P2POp(dist.irecv, receive, left, self.group)]
+            [
+                dist.P2POp(dist.isend, send, right, self.group),
+                dist.P2POp(dist.irecv, receive, left, self.group),
+            ]
         )
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, plan: RingPlan, ring: Ring, backend: str | None = None) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, plan: RingPlan, ring: Ring, backend: str | None = None
+) -> Tensor:
     """Attention of this rank's queries over all keys of the ring that `plan` allows.
 
     q [T, H, D], k [T, Hk, D], v [T, Hk, Dv], T = plan.lengths[rank] -> [T, H, Dv] in q's dtype. Rows in no block
@@ -64,7 +69,12 @@ class _RingAttention(torch.autograd.Function):
             kh, vh = (k, v) if held is None else _unpack(held, k, v)
             for b in plan.hops[hop]:
                 o, l = block_forward(
-                    q[b.q0 : b.q1], kh[b.k0 : b.k1], vh[b.k0 : b.k1], causal=b.causal, scale=scale, backend=backend
+                    q[b.q0 : b.q1],
+                    kh[b.k0 : b.k1],
+                    vh[b.k0 : b.k1],
+                    causal=b.causal,
+                    scale=scale,
+                    backend=backend,
                 )
                 merge_(out[b.q0 : b.q1], lse[b.q0 : b.q1], o, l.to(acc))
             _wait(work)

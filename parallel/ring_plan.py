@@ -64,7 +64,9 @@ def ring_slots(context: int, ring: int, *, layout: str = "zigzag") -> list[Slots
     return [np.concatenate([chunk[r], chunk[2 * ring - 1 - r]]) for r in range(ring)]
 
 
-def plan_ring(documents: NDArray[np.int32], slots: Sequence[Slots], rank: int, *, causal: bool = True) -> RingPlan:
+def plan_ring(
+    documents: NDArray[np.int32], slots: Sequence[Slots], rank: int, *, causal: bool = True
+) -> RingPlan:
     """The plan of one rank for packs with `documents` [B, L] (document of each slot, -1 is padding).
 
     Rows are flattened: row b's local tokens stand at b·len(slots[r]) on rank r. Padding belongs to no block.

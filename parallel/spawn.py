@@ -50,12 +50,18 @@ class _Callable:
         return fn
 
 
-def _worker(rank: int, world: int, store: str, timeout: float, fn: _Callable, args: tuple[Any, ...], out: Any) -> None:
+def _worker(
+    rank: int, world: int, store: str, timeout: float, fn: _Callable, args: tuple[Any, ...], out: Any
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout),
         )
         out.put((rank, True, fn.load()(*args)))
         dist.barrier()
@@ -65,7 +71,9 @@ def _worker(rank: int, world: int, store: str, timeout: float, fn: _Callable, ar
         raise SystemExit(1) from None
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240.0, collective: float = 60.0) -> list[Any]:
+def run_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, timeout: float = 240.0, collective: float = 60.0
+) -> list[Any]:
     """`fn(*args)` on `world` ranks; the results in rank order. `fn` must be importable (a module-level function).
 
     timeout: seconds for the whole; collective: seconds for any one collective. Raises WorkersFailed.
@@ -75,7 +83,9 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 2
     with tempfile.TemporaryDirectory() as place:
         store = str(Path(place) / "store")
         workers = [
-            context.Process(target=_worker, args=(r, world, store, collective, _Callable(fn), args, out), daemon=True)
+            context.Process(
+                target=_worker, args=(r, world, store, collective, _Callable(fn), args, out), daemon=True
+            )
             for r in range(world)
         ]
         for w in workers:

@@ -37,5 +37,3 @@ class VocabParallelCrossEntropy:
         x = x.contiguous()
         dist.all_reduce(x, op=op, group=self.group)
         return x
-
-

@@ -63,7 +63,10 @@ def save(
     on_first_rank(lambda: _fresh(temporary))
     try:
         dcp_save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-    except (Exception, CheckpointException) as e:  # the latter is no Exception, so that nobody catches it by accident
+    except (
+        Exception,
+        CheckpointException,
+    ) as e:  # the latter is no Exception, so that nobody catches it by accident
         on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
         raise _storage_error(e, final, tensors) from e
     files: dict[str, Any] = on_first_rank(lambda: _commit(temporary, final, step, manifest))
@@ -75,7 +78,8 @@ def save(
 
 def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place from a checkpoint, whatever layout wrote it; every rank calls it."""
-    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(saved.path)))
+    alone = not dist.is_initialized()
+    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(saved.path)), no_dist=alone)
 
 
 def find(root: Path, *, warn: Callable[[str], None]) -> Saved | None:
@@ -106,7 +110,9 @@ def verify(path: Path) -> dict[str, Any]:
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             raise StorageError(
-                f"checkpoint format {manifest['format']} is not {FORMAT}", where=str(path), fix="update ringweave"
+                f"checkpoint format {manifest['format']} is not {FORMAT}",
+                where=str(path),
+                fix="update ringweave",
             )
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StorageError("manifest.json is missing or unreadable", where=str(path), why=str(e)) from e
@@ -116,11 +122,15 @@ def verify(path: Path) -> dict[str, Any]:
             raise StorageError(f"{name} is missing", where=str(path))
         size = file.stat().st_size
         if size != expected["size"]:
-            raise StorageError(f"{name} has {size} bytes, its manifest says {expected['size']}", where=str(path))
+            raise StorageError(
+                f"{name} has {size} bytes, its manifest says {expected['size']}", where=str(path)
+            )
         digest = _sha256(file)
         if digest != expected["sha256"]:
             raise StorageError(
-                f"{name} was altered", where=str(path), why=f"sha256 {digest[:12]}…, expected {expected['sha256'][:12]}…"
+                f"{name} was altered",
+                where=str(path),
+                why=f"sha256 {digest[:12]}…, expected {expected['sha256'][:12]}…",
             )
     return manifest
 

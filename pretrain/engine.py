@@ -107,7 +107,10 @@ class TorchEngine:
         kwargs = {"order": batch.order, "documents": batch.documents, "targets": batch.targets}
         first = self.model.embed is not None
         schedule.step(
-            *([batch.ids] if first else []), target=terms if self.last_stage else None, return_outputs=False, **kwargs
+            *([batch.ids] if first else []),
+            target=terms if self.last_stage else None,
+            return_outputs=False,
+            **kwargs,
         )
 
     def _schedule(self, shape: torch.Size) -> Schedule1F1B:
@@ -116,7 +119,9 @@ class TorchEngine:
         if key in self._schedules:
             return self._schedules[key]
         assert self.mesh is not None
-        hidden = torch.empty(self.micro_batch, shape[1], self.model.shape.width, dtype=self.dtype, device="meta")
+        hidden = torch.empty(
+            self.micro_batch, shape[1], self.model.shape.width, dtype=self.dtype, device="meta"
+        )
         ids = torch.empty(self.micro_batch, shape[1], dtype=torch.int64, device="meta")
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         nll = torch.empty(self.micro_batch, shape[1], dtype=wide, device="meta")

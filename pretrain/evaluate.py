@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringweave.data_pipes.stream import PackStream
 from ringweave.data_pipes.planner import PackPlanner, plan_once
+from ringweave.data_pipes.stream import PackStream
 from ringweave.pretrain.batch import collate
 from ringweave.pretrain.export import load_run
 from ringweave.pretrain.job import open_corpus
@@ -35,7 +35,9 @@ def evaluate_run(
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
     heldout = open_corpus(config, manifest, heldout=True)
     if not heldout.lengths:
-        raise DataError("no source has held-out shards", where="data.sources[].heldout", fix="name them in the config")
+        raise DataError(
+            "no source has held-out shards", where="data.sources[].heldout", fix="name them in the config"
+        )
     training = open_corpus(config, manifest)
     context = context or config.stages[min(saved.manifest["cursor"]["stage"], len(config.stages) - 1)].context
     lengths = {n: _first(v, max_tokens_per_source) for n, v in heldout.lengths.items()}
@@ -60,7 +62,12 @@ def evaluate_run(
     }
     folder = RunFolder(run_dir)
     folder.log("eval", step=saved.step, heldout=figures)
-    return {"step": saved.step, "heldout": figures, "context": context, "seconds": round(time.monotonic() - started, 1)}
+    return {
+        "step": saved.step,
+        "heldout": figures,
+        "context": context,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def _first(lengths: np.ndarray, limit: int) -> np.ndarray:

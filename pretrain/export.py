@@ -41,7 +41,9 @@ def load_run(run_dir: Path, *, step: int | None = None) -> tuple[LWM, checkpoint
     else:
         saved = checkpoint.find(root, warn=lambda what: print(f"warning: {what}"))
     if saved is None:
-        raise StorageError("the run has no checkpoint", where=str(root), fix="train it first: ringweave train CONFIG")
+        raise StorageError(
+            "the run has no checkpoint", where=str(root), fix="train it first: ringweave train CONFIG"
+        )
     model = build_model(
         LWMShape(**saved.manifest["shape"]), None, seed=0, rope_theta=float(saved.manifest["rope_theta"])
     )
@@ -87,7 +89,9 @@ def logit_difference(model: LWM, folder: Path, *, length: int = 128) -> float:
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = (torch.arange(length) * 7919 + 13) % model.shape.vocab
-    ours = model(ids[None], order=torch.arange(length)[None], documents=torch.zeros(1, length, dtype=torch.int32))
+    ours = model(
+        ids[None], order=torch.arange(length)[None], documents=torch.zeros(1, length, dtype=torch.int32)
+    )
     return float((ours - theirs(ids[None], use_cache=False).logits).abs().max())
 
 

@@ -11,7 +11,13 @@ from ringweave.tokenizers.errors import VocabularyError
 from ringweave.tokenizers.manifest import CONTROL
 from ringweave.tokenizers.text import ESCAPE, PROBE, SPACE
 
-SAMPLES = (PROBE, "In the beginning God created the heaven and the earth.", "a photograph: café\n\n\tx  y ", "\u2581\ue000", "")
+SAMPLES = (
+    PROBE,
+    "In the beginning God created the heaven and the earth.",
+    "a photograph: café\n\n\tx  y ",
+    "\u2581\ue000",
+    "",
+)
 
 
 def write_fast_tokenizer(tokenizers: Any, out: Path, *, context: int) -> None:
@@ -31,7 +37,9 @@ def write_fast_tokenizer(tokenizers: Any, out: Path, *, context: int) -> None:
         theirs = fast.encode(text, add_special_tokens=False)
         if ours != theirs or fast.decode(theirs) != text:
             raise VocabularyError(
-                "the exported text tokenizer disagrees with ours", where=str(out), why=f"on {text[:40]!r}: {theirs[:8]} instead of {ours[:8]}"
+                "the exported text tokenizer disagrees with ours",
+                where=str(out),
+                why=f"on {text[:40]!r}: {theirs[:8]} instead of {ours[:8]}",
             )
     fast.save_pretrained(out)
 
@@ -55,7 +63,9 @@ def _build(model: bytes, start: int) -> Any:
         for cut in range(1, len(piece))
         if piece[:cut] in mergeable and piece[cut:] in mergeable
     ]
-    vocab = {_control(name): number for name, number in CONTROL.items()} | {p: start + i for p, i in rank.items()}
+    vocab = {_control(name): number for name, number in CONTROL.items()} | {
+        p: start + i for p, i in rank.items()
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=False))
     tokenizer.normalizer = normalizers.Sequence(
         [

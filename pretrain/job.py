@@ -75,7 +75,9 @@ def _join(config: RunConfig, rank: int, world: int) -> None:
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=config.timeout.collective))
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=config.timeout.collective)
+    )
 
 
 def source_specs(config: RunConfig, *, heldout: bool = False) -> list[SourceSpec]:
@@ -94,7 +96,12 @@ def open_corpus(
 ) -> Corpus:
     """The tokenized corpus. Rank 0 makes missing token caches while the others wait for the files."""
     specs = source_specs(config, heldout=heldout)
-    missing = [(shard, s.plan) for s in specs for shard in s.shards if not cache_path(shard, s.plan, manifest.hash).exists()]
+    missing = [
+        (shard, s.plan)
+        for s in specs
+        for shard in s.shards
+        if not cache_path(shard, s.plan, manifest.hash).exists()
+    ]
     if missing and rank == 0:
         tokenizers = TokenizerSet.load(Path(config.tokenizers.dir))
         for n, (shard, plan) in enumerate(missing, 1):

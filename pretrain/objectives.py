@@ -18,7 +18,10 @@ from ringweave.tokenizers.segment import MODALITIES
 
 def target_counts(weights: NDArray[np.float32], modality: NDArray[np.int8]) -> NDArray[np.float64]:
     """Σ of target weights per modality, [len(MODALITIES)]: the counts of the next-token objective."""
-    return np.bincount(modality.ravel(), weights=weights.ravel().astype(np.float64), minlength=len(MODALITIES))
+    counts = np.bincount(
+        modality.ravel(), weights=weights.ravel().astype(np.float64), minlength=len(MODALITIES)
+    )
+    return counts.astype(np.float64)
 
 
 def term_sums(nll: Tensor, weights: Tensor, modality: Tensor) -> Tensor:

@@ -78,7 +78,11 @@ class Board:
         if self._writer is None:
             return
         scalars = {"loss/all": record["loss"], "lr": record["lr"], "grad_norm": record["grad_norm"]}
-        scalars |= {"tokens_per_s": record["tokens_per_s"], "fill": record["fill"], "context": record["context"]}
+        scalars |= {
+            "tokens_per_s": record["tokens_per_s"],
+            "fill": record["fill"],
+            "context": record["context"],
+        }
         scalars |= {f"loss/{k}": v for k, v in record["loss_by_modality"].items()}
 
         def write() -> None:

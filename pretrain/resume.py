@@ -40,7 +40,12 @@ def check_resume(
     ):
         if found:
             what = "; ".join(_text(d) for d in found)
-            raise ConfigError("the config differs from the checkpoint's", where=what, why="resuming would not continue that run", fix=fix)
+            raise ConfigError(
+                "the config differs from the checkpoint's",
+                where=what,
+                why="resuming would not continue that run",
+                fix=fix,
+            )
     return [_text(d) for d in differences]
 
 

@@ -34,7 +34,9 @@ class RunFolder:
             lease = open(self.path / "run.lock", "a+")  # noqa: SIM115 - held until the process ends
         except OSError as e:
             raise StorageError(
-                f"cannot write the run folder: {e.strerror}", where=str(self.path), fix="choose another run.dir"
+                f"cannot write the run folder: {e.strerror}",
+                where=str(self.path),
+                fix="choose another run.dir",
             ) from e
         try:
             fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +64,10 @@ class RunFolder:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to metrics.jsonl, whole or (if the disk is full) reported by StorageError."""
-        self._append("metrics.jsonl", {"event": event, "time": round(time.time(), 3), "attempt": self.attempt, **fields})
+        self._append(
+            "metrics.jsonl",
+            {"event": event, "time": round(time.time(), 3), "attempt": self.attempt, **fields},
+        )
 
     def consumed(self, step: int, packs: Iterable[list[list[Any]]]) -> None:
         """Append what a step was trained on: per pack, its pieces [source, epoch, sample, start, end]."""
@@ -71,7 +76,8 @@ class RunFolder:
     def exit(self, code: int, reason: str, *, step: int) -> None:
         """Write exit.json (atomically)."""
         write_json(
-            self.path / "exit.json", {"exit_code": code, "reason": reason, "step": step, "attempt": self.attempt}
+            self.path / "exit.json",
+            {"exit_code": code, "reason": reason, "step": step, "attempt": self.attempt},
         )
 
     def _append(self, name: str, record: dict[str, Any]) -> None:

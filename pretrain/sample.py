@@ -6,6 +6,7 @@ always decodes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ TEXT_PROMPTS = ("And it came to pass, that ", "In the beginning ")
 IMAGE_PROMPTS = ("red circle", "smiling face", "a photograph: astronaut")
 GRID = 8  # rows and columns of codes of a sampled image: 64 x 64 pixels
 
-#: The ids allowed at the next place, or None at the end.
+#: The ids allowed at the next place.
 Allowed = NDArray[np.int64]
 
 
@@ -38,6 +39,9 @@ class Sampler:
         self.model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
         self.tokenizers = TokenizerSet.load(export / "ringweave_tokenizers")
         self.temperature, self.top_k = temperature, top_k
+        # transformers renamed the argument in 5.2x; older versions know only the first name.
+        known = inspect.signature(type(self.model).forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -53,7 +57,9 @@ class Sampler:
     @torch.no_grad()
     def draw(self, prompt: Sequence[int], plan: Sequence[Allowed], *, stop: int | None = None) -> list[int]:
         """Continue `prompt` with one id for each entry of `plan`, drawn among its ids; ends early at `stop`."""
-        cache = None
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
         step = torch.tensor([list(prompt)])
         out: list[int] = []
         for allowed in plan:
@@ -62,9 +68,8 @@ class Sampler:
                 out.append(choice)
                 step = torch.cat([step, torch.tensor([[choice]])], dim=1)
                 continue
-            answer = self.model(step, past_key_values=cache, use_cache=True)
-            cache = answer.past_key_values
-            choice = self._choose(answer.logits[0, -1], torch.from_numpy(allowed))
+            logits = self.model(step, **{self._cache_argument: cache}, use_cache=True).logits
+            choice = self._choose(logits[0, -1], torch.from_numpy(allowed))
             out.append(choice)
             if choice == stop:
                 break

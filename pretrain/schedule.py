@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str, min_ratio: float) -> float:
+def learning_rate(
+    step: int, *, peak: float, warmup: int, total: int, schedule: str, min_ratio: float
+) -> float:
     """Rate of the update that makes step `step` (1-based): linear warm-up, then "cosine" to peak·min_ratio or flat."""
     if step <= warmup:
         return peak * step / max(warmup, 1)

@@ -34,5 +34,7 @@ class SyntheticCorpus:
         parts = []
         if cut:
             parts.append(Segment(ids[:cut], "text", positions[:cut], role="condition", weight=0.0))
-        parts.append(Segment(ids[cut:], piece.source, positions[cut:], weight=0.5 if piece.source == "image" else 1.0))
+        parts.append(
+            Segment(ids[cut:], piece.source, positions[cut:], weight=0.5 if piece.source == "image" else 1.0)
+        )
         return Document(key=f"{piece.source}-{piece.sample}", segments=tuple(parts))

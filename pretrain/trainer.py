@@ -91,7 +91,9 @@ class Trainer:
     def run(self) -> int:
         """Train from wherever the folder stands to the end, or to a stop. Gives the exit code (0 or 75)."""
         previous = self._catch_signals()
-        board = Board(self.folder.path / "tensorboard", enabled=self.rank == 0 and self.config.log.tensorboard)
+        board = Board(
+            self.folder.path / "tensorboard", enabled=self.rank == 0 and self.config.log.tensorboard
+        )
         try:
             self._resume()
             while self.cursor.stage < len(self.config.stages):
@@ -116,12 +118,16 @@ class Trainer:
     def _resume(self) -> None:
         """Find the newest whole checkpoint and take its cursor."""
         warnings: list[str] = []
-        found = checkpoint.on_first_rank(lambda: checkpoint.find(self.folder.checkpoints, warn=warnings.append))
+        found = checkpoint.on_first_rank(
+            lambda: checkpoint.find(self.folder.checkpoints, warn=warnings.append)
+        )
         for what in warnings:
             self._log("warning", step=0, what=what)
             self.report(f"warning: {what}")
         if found is not None:
-            check_resume(found.manifest, self.config, self.vocabulary_hash, self.corpus.digest, self.allow_change)
+            check_resume(
+                found.manifest, self.config, self.vocabulary_hash, self.corpus.digest, self.allow_change
+            )
             self.saved = found
             self.cursor = Cursor(**found.manifest["cursor"])
         self._log(
@@ -135,7 +141,9 @@ class Trainer:
             **environment(),
         )
         if found is not None and self.rank == 0:
-            self.report(f"resumed from {found.path.name}: step {self.cursor.step}, {self.cursor.tokens:,} tokens")
+            self.report(
+                f"resumed from {found.path.name}: step {self.cursor.step}, {self.cursor.tokens:,} tokens"
+            )
 
     def _layout(self, stage: int) -> dict[str, int]:
         layout = self.config.stages[stage].layout
@@ -145,7 +153,7 @@ class Trainer:
         """Build mesh, model, optimizer and stream of a stage, and load the newest checkpoint into them."""
         cfg, stage = self.config, self.config.stages[number]
         layout = self._layout(number)
-        mesh = Mesh.build(**layout)
+        mesh = Mesh.build(layout)
         model = build_model(
             self.shape, mesh, seed=cfg.run.seed, rope_theta=stage.rope_theta, precision=cfg.precision,
             ring_layout=stage.layout.ring,
@@ -164,9 +172,15 @@ class Trainer:
 
     def _stream(self, number: int) -> PackStream:
         """The stream at the cursor: fresh, restored, or restored and switched to this stage."""
-        stage, weights, seed = self.config.stages[number], self.config.stage_weights(number), self.config.run.seed
+        stage, weights, seed = (
+            self.config.stages[number],
+            self.config.stage_weights(number),
+            self.config.run.seed,
+        )
         if self.cursor.stream is None:
-            planner = PackPlanner(lengths=self.corpus.lengths, weights=weights, seed=seed, context=stage.context)
+            planner = PackPlanner(
+                lengths=self.corpus.lengths, weights=weights, seed=seed, context=stage.context
+            )
             return PackStream(self.corpus, planner)
         stream = PackStream.restore(self.corpus, self.cursor.stream, seed=seed)
         if self.cursor.stage_step == 0:
@@ -214,10 +228,22 @@ class Trainer:
         sums, counts = engine.forward_backward(batch)
         clock.lap("compute")
         lead = run.layout["pp"] * run.layout["tp"] * run.layout["sp"]  # ranks that hold the same packs
-        flags = [float(self.stop_signal > 0), float(self._due()), batch.real_tokens / lead, batch.slots / lead]
-        shared = world_sum(torch.cat([sums, engine.grad_squares()[None], torch.tensor(flags, dtype=torch.float64)]))
-        sums, (squares, stop, due, real, slots) = shared[: len(MODALITIES)], shared[len(MODALITIES) :].tolist()
-        loss = world_loss(sums, counts, self.config.objective.modality_weights, normalize=self.config.objective.normalize)
+        flags = [
+            float(self.stop_signal > 0),
+            float(self._due()),
+            batch.real_tokens / lead,
+            batch.slots / lead,
+        ]
+        shared = world_sum(
+            torch.cat([sums, engine.grad_squares()[None], torch.tensor(flags, dtype=torch.float64)])
+        )
+        sums, (squares, stop, due, real, slots) = (
+            shared[: len(MODALITIES)],
+            shared[len(MODALITIES) :].tolist(),
+        )
+        loss = world_loss(
+            sums, counts, self.config.objective.modality_weights, normalize=self.config.objective.normalize
+        )
         norm = squares**0.5
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise NonFiniteError(
@@ -273,7 +299,11 @@ class Trainer:
             "layout": run.layout,
         }
         saved, figures = checkpoint.save(
-            self.folder.checkpoints, self.cursor.step, run.engine.tensors(), manifest, keep=self.config.checkpoint.keep
+            self.folder.checkpoints,
+            self.cursor.step,
+            run.engine.tensors(),
+            manifest,
+            keep=self.config.checkpoint.keep,
         )
         self.saved, self.last_save = saved, time.monotonic()
         self._log("checkpoint", step=self.cursor.step, path=saved.path.name, **figures)
@@ -324,7 +354,11 @@ def environment() -> dict[str, Any]:
     import psutil
 
     return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "host": {
             "cores": os.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -80,7 +80,9 @@ def run(*, quick: bool = True, world: int = 4, progress: Progress = lambda line:
 def make_packs(count: int = PACKS, context: int = CONTEXT) -> list[Pack]:
     """Packs of the synthetic corpus; the first has no target at all, as one data rank may find itself."""
     corpus = SyntheticCorpus(vocab=VOCAB)
-    planner = PackPlanner(lengths=corpus.lengths, weights={"text": 1.0, "image": 1.0}, seed=3, context=context, bins=4)
+    planner = PackPlanner(
+        lengths=corpus.lengths, weights={"text": 1.0, "image": 1.0}, seed=3, context=context, bins=4
+    )
     stream = PackStream(corpus, planner)
     packs = [stream.materialise(p) for p in stream.next_batch(count).plans]
     packs[0].weights[:] = 0.0
@@ -167,11 +169,14 @@ def _layout_worker(layouts: list[dict[str, int]], precision: str) -> list[dict[s
 
 
 def check_layout(
-    layout: dict[str, int], packs: list[Pack], reference: tuple[float, dict[str, torch.Tensor], float], precision: str
+    layout: dict[str, int],
+    packs: list[Pack],
+    reference: tuple[float, dict[str, torch.Tensor], float],
+    precision: str,
 ) -> dict[str, Any]:
     """Law 2 for one layout, on the running world: loss, every gradient and the gradient norm."""
     loss, grads, squares = reference
-    mesh = Mesh.build(**layout)
+    mesh = Mesh.build(layout)
     model = build_model(SHAPE, mesh, seed=1, rope_theta=1e4, precision=precision)
     engine = TorchEngine(model, mesh, micro_batch=1, precision=precision)
     mine = packs_for_rank(0, len(packs), mesh.rank_on["dp"], mesh.sizes["dp"])
@@ -183,9 +188,13 @@ def check_layout(
     for name, p in model.named_parameters():
         assert p.grad is not None
         whole[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).double()
-    worst = torch.tensor([_worst(whole, {k: grads[k] for k in whole}), abs(norm / squares**0.5 - 1)], dtype=torch.float64)
+    worst = torch.tensor(
+        [_worst(whole, {k: grads[k] for k in whole}), abs(norm / squares**0.5 - 1)], dtype=torch.float64
+    )
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    row = _row(2, describe_layout(mesh.sizes), abs(ours - loss) / abs(loss), float(worst[0]), LOSS_BOUND, GRAD_BOUND)
+    row = _row(
+        2, describe_layout(mesh.sizes), abs(ours - loss) / abs(loss), float(worst[0]), LOSS_BOUND, GRAD_BOUND
+    )
     row["rel_norm_diff"] = float(worst[1])
     row["holds"] = row["holds"] and row["rel_norm_diff"] <= GRAD_BOUND
     return row
@@ -202,7 +211,10 @@ def tiny_config(place: Path, name: str, *, world: int, steps: int = 4) -> RunCon
         {
             "run": {"name": name, "seed": 5, "dir": str(place / name)},
             "tokenizers": {"dir": "none"},
-            "data": {"dir": "none", "sources": [{"name": n, "shards": "none", "plan": [n]} for n in ("text", "image")]},
+            "data": {
+                "dir": "none",
+                "sources": [{"name": n, "shards": "none", "plan": [n]} for n in ("text", "image")],
+            },
             "model": {"kind": "lwm", "layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 64},
             "optimizer": {"lr": 1e-3, "warmup": 2},
             "stages": [
@@ -261,7 +273,8 @@ def _resume_worker(place: str, world: int) -> dict[str, Any]:
     tensors = [tensor_digests(Path(c.run.dir) / "checkpoints" / last) for c in (whole, broken)]
     differ = [s for s in loss[0] if loss[0][s] != loss[1].get(s)]
     return {
-        "law": 3, "layout": "died at steps 2 and 7, resumed", "steps": len(loss[0]), "steps_with_other_loss": len(differ),
+        "law": 3, "layout": "died at steps 2 and 7, resumed",
+        "steps": len(loss[0]), "steps_with_other_loss": len(differ),
         "tensors": len(tensors[0]), "tensors_that_differ": sum(tensors[0].get(k) != v for k, v in tensors[1].items()),
         "holds": not differ and len(loss[0]) == whole.total_steps and tensors[0] == tensors[1],
     }  # fmt: skip
@@ -296,7 +309,12 @@ def check_export() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         write_llama(model, Path(place))
         diff = logit_difference(model, Path(place))
-    return {"law": 5, "layout": "transformers LlamaForCausalLM", "max_abs_logit_diff": diff, "holds": diff <= 1e-5}
+    return {
+        "law": 5,
+        "layout": "transformers LlamaForCausalLM",
+        "max_abs_logit_diff": diff,
+        "holds": diff <= 1e-5,
+    }
 
 
 # --- helpers ---------------------------------------------------------------------------------------------
@@ -308,7 +326,9 @@ def _as_dict(shape: LWMShape) -> dict[str, Any]:
     return asdict(shape)
 
 
-def _row(law: int, layout: str, loss: float, grad: float, loss_bound: float, grad_bound: float) -> dict[str, Any]:
+def _row(
+    law: int, layout: str, loss: float, grad: float, loss_bound: float, grad_bound: float
+) -> dict[str, Any]:
     return {
         "law": law, "layout": layout, "max_rel_loss_diff": loss, "max_rel_grad_diff": grad,
         "holds": bool(loss <= loss_bound and grad <= grad_bound),

@@ -51,7 +51,8 @@ def resample(samples: I16, rate: int, target: int) -> I16:
         taps = np.sinc(distance) * (0.5 + 0.5 * np.cos(np.pi * np.clip(distance / width, -1, 1)))
         taps = np.rint(taps / taps.sum() * 32768)
         windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half)
-        out[phase::up] = windows[base + 1] @ taps
+        sums = [windows[base[k : k + 65_536] + 1] @ taps for k in range(0, len(base), 65_536)]
+        out[phase::up] = np.concatenate(sums)
     return np.clip(np.floor(out / 32768 + 0.5), -32768, 32767).astype(np.int16)
 
 

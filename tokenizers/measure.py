@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import permutations
+from math import ceil, log2
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,13 @@ def ink_f1(original: U8, decoded: U8) -> float:
     return 1.0 if total == 0 else 2 * int((a & b).sum()) / total
 
 
-def rate_floor(image: U8, patch: int, bits: tuple[int, int, int]) -> U8:
+def bit_splits(codes: int) -> list[tuple[int, ...]]:
+    """All near-equal ways to spend the bits of one of `codes` ids on red, green and blue."""
+    each, extra = divmod(ceil(log2(codes)), 3)
+    return sorted(set(permutations([each + 1] * extra + [each] * (3 - extra))))
+
+
+def rate_floor(image: U8, patch: int, bits: tuple[int, ...]) -> U8:
     """What the same rate buys without any learning: each patch's mean colour in `bits`, drawn bilinearly."""
     grid = to_patches(pad_to(image, patch), patch)
     means = grid.reshape(*grid.shape[:2], -1, 3).mean(2)
@@ -75,7 +83,7 @@ def _image(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segm
     segment = tokenizers.image_segment(image)
     decoded = tokenizers.decode(segment.ids)[0].value[: image.shape[0], : image.shape[1]]
     patch = tokenizers.codecs["image"].patch
-    splits = ((3, 4, 3), (4, 3, 3), (3, 3, 4))
+    splits = bit_splits(tokenizers.codecs["image"].codes)
     floor = max(psnr(image, rate_floor(image, patch, bits)) for bits in splits)
     return segment, {"psnr": psnr(image, decoded), "floor_psnr": floor}
 

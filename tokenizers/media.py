@@ -51,6 +51,7 @@ def decode_image(data: bytes, *, where: str, max_pixels: int = MAX_PIXELS) -> ND
                 )
             if getattr(image, "n_frames", 1) > 1:
                 raise _refuse("image", where, "it is an animation", "store its frames as video")
+            _check_image_end(data, where)
             image.load()
             upright = ImageOps.exif_transpose(image)
             return _as_stored(upright)
@@ -58,6 +59,18 @@ def decode_image(data: bytes, *, where: str, max_pixels: int = MAX_PIXELS) -> ND
         raise
     except Exception as error:
         raise _refuse("image", where, f"{type(error).__name__}: {error}") from error
+
+
+def _check_image_end(data: bytes, where: str) -> None:
+    """The reader is content once it has all rows; a file cut after them is damaged all the same."""
+    if data[:4] == b"\x89PNG":
+        complete = b"IEND\xaeB`\x82" in data
+    elif data[:2] == b"\xff\xd8":  # the end-of-image mark, after the last start of scan
+        complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    else:
+        complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if not complete:
+        raise _refuse("image", where, "the file ends early")
 
 
 def _as_stored(image: Image.Image) -> NDArray[np.uint8]:
@@ -134,6 +147,32 @@ def _container(data: bytes) -> str | None:
     return None
 
 
+def _declared_size(data: bytes, container: str) -> int:
+    """Bytes the container says it has; 0 when it leaves that open."""
+    if container == "avi":
+        return 8 + int.from_bytes(data[4:8], "little")
+    position = 0
+    if container == "mp4":
+        while position + 8 <= len(data):
+            size = int.from_bytes(data[position : position + 4], "big")
+            if size == 1:
+                size = int.from_bytes(data[position + 8 : position + 16], "big")
+            if size < 8:  # 0: this box reaches to the end
+                return 0
+            position += size
+        return position if position >= len(data) else len(data) + 1
+    for _ in range(2):  # EBML header, then the segment: 4 bytes of id, a length of 1 to 8 bytes
+        if position + 5 > len(data):
+            return len(data) + 1
+        width = 9 - data[position + 4].bit_length()
+        field = int.from_bytes(data[position + 4 : position + 4 + width], "big")
+        size = field & ((1 << 7 * width) - 1)
+        if size == (1 << 7 * width) - 1:
+            return 0
+        position += 4 + width + size
+    return position
+
+
 def decode_video(
     data: bytes, *, where: str, max_frames: int = 512, max_pixels: int = MAX_VIDEO_PIXELS
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
@@ -147,6 +186,8 @@ def decode_video(
     if container is None:
         raise _refuse("video", where, "not an MP4/MOV, Matroska/WebM or AVI file")
     try:
+        if _declared_size(data, container) > len(data):
+            raise _refuse("video", where, "the file ends early")
         with av.open(io.BytesIO(data), mode="r", format=container) as file:
             return _read_video(file, where, max_frames, max_pixels)
     except DataError:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, GAP, LABEL = 32, 10, 96  # pixels: around the sheet, between tiles, width of the row labels
+MARGIN, GAP, LABEL = 32, 10, 68  # pixels: around the sheet, between tiles, width of the row labels
 INK, SOFT, LINE = (28, 30, 36), (108, 114, 126), (226, 229, 234)
 #: Dark to light, for spectrograms (anchors of matplotlib's magma, CC0).
 _MAGMA = np.array(

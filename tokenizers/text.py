@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -23,7 +24,7 @@ from ringweave.tokenizers.manifest import canonical_json
 ESCAPE, SPACE = "\ue000", "\u2581"
 _ESCAPED = re.compile(f"{ESCAPE}([01])")
 #: What the trainer and every loaded model must use: anything else loses characters.
-NORMALIZER = {
+NORMALIZER: dict[str, Any] = {
     "normalization_rule_name": "identity",
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,7 +70,7 @@ def render(job: Job) -> list[Record]:
     if kind == "drawing":
         pixels = on_white(svg_to_rgba(what.path.read_text(encoding="utf-8"), width=SIZE))
         key, caption, licence = f"openmoji-{what.code}", f"an emoji: {what.caption}", openmoji.LICENCE
-        about = {"source": version(openmoji.DISTRIBUTION), "file": f"svg/{what.code}.svg"}
+        about: dict[str, Any] = {"source": version(openmoji.DISTRIBUTION), "file": f"svg/{what.code}.svg"}
     else:
         pixels, box = _crop(what, crop)
         subject, licence = PHOTOS[what]

@@ -151,7 +151,9 @@ class LWM(nn.Module):
         self.norm: nn.RMSNorm | None = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.head: LossHead | None = LossHead(shape)
 
-    def forward(self, x: Tensor, *, order: Tensor, documents: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, order: Tensor, documents: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
         """One stage's pass.
 
         x: ids [B, l] on the first stage, hidden states [B, l, width] on later ones; order [B, l]: position in the

@@ -38,7 +38,15 @@ class Run:
         self.path = Path(self.config.run.dir)
         self.said: list[str] = []
 
-    def train(self, *, trainer: type[Trainer] = Trainer, vocabulary: str = "0" * 64, seed: int = 0, change: bool = False, **set_) -> int:
+    def train(
+        self,
+        *,
+        trainer: type[Trainer] = Trainer,
+        vocabulary: str = "0" * 64,
+        seed: int = 0,
+        change: bool = False,
+        **set_,
+    ) -> int:
         folder = RunFolder(self.path)
         folder.acquire()
         config = self.config.model_copy(update=set_)
@@ -106,11 +114,20 @@ def _damage(path: Path, kind: str) -> None:
         (path / "manifest.json").write_text('{"format": 1}')
 
 
-KINDS = ["missing shard", "missing manifest", "truncated", "flipped byte", "manifest not JSON", "manifest empty"]
+KINDS = [
+    "missing shard",
+    "missing manifest",
+    "truncated",
+    "flipped byte",
+    "manifest not JSON",
+    "manifest empty",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(
+    tmp_path: Path, kind: str
+) -> None:
     whole, run = Run(tmp_path, "whole"), Run(tmp_path)
     whole.train()
     run.train(trainer=Stopped)  # leaves steps 3, 4 (stage end) and 6
@@ -118,7 +135,9 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(t
     _damage(run.path / "checkpoints" / newest, kind)
     assert run.train() == 0
     assert any(newest in line and "passed over" in line for line in run.said)
-    assert any(e["event"] == "warning" and newest in e["what"] for e in read_events(run.path / "metrics.jsonl"))
+    assert any(
+        e["event"] == "warning" and newest in e["what"] for e in read_events(run.path / "metrics.jsonl")
+    )
     assert final_losses(run.path) == final_losses(whole.path)
 
 
@@ -187,7 +206,9 @@ def test_a_full_disk_at_save_time_keeps_older_checkpoints(tmp_path: Path, where:
 
 def _tmpfs(place: Path, mib: int) -> bool:
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], capture_output=True, check=False
+    )
     return done.returncode == 0
 
 
@@ -195,10 +216,12 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     """A tmpfs that holds about two checkpoints of three."""
     small = tmp_path / "small"
     if not _tmpfs(small, 2):
-        pytest.skip("mounting a tmpfs needs root; test_a_full_disk_at_save_time covers the same path without one")
+        pytest.skip(
+            "mounting a tmpfs needs root; test_a_full_disk_at_save_time covers the same path without one"
+        )
     try:
         run = Run(small)
-        with pytest.raises(StorageError, match="No space left|could not be saved") as caught:
+        with pytest.raises(StorageError, match=r"No space left|could not be saved") as caught:
             run.train()
         assert caught.value.exit_code == 6
         kept = [checkpoint.verify(run.path / "checkpoints" / n)["step"] for n in run.names]

@@ -10,7 +10,9 @@ from ringweave.kernels.attention import block_backward, block_forward, dense_ref
 CASES = [(7, 7, True), (5, 11, False), (1, 1, True), (33, 33, True), (16, 3, False)]
 
 
-def _inputs(lq: int, lk: int, *, heads: int = 4, kv: int = 2, dim: int = 8, value: int = 8, dtype=torch.float64):
+def _inputs(
+    lq: int, lk: int, *, heads: int = 4, kv: int = 2, dim: int = 8, value: int = 8, dtype=torch.float64
+):
     g = torch.Generator().manual_seed(lq * 100 + lk)
     return (
         torch.randn(lq, heads, dim, generator=g, dtype=dtype),

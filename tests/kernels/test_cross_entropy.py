@@ -21,7 +21,10 @@ def _inputs(tokens: int = 37, vocab: int = 50, width: int = 12):
 def test_equals_whole_logits_with_gradients(chunk: int) -> None:
     hidden, weight, targets, dnll = _inputs()
     results = []
-    for fn in (lambda h, w: head_cross_entropy(h, w, targets, chunk=chunk), lambda h, w: head_cross_entropy_reference(h, w, targets)):
+    for fn in (
+        lambda h, w: head_cross_entropy(h, w, targets, chunk=chunk),
+        lambda h, w: head_cross_entropy_reference(h, w, targets),
+    ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         nll = fn(h, w)
         results.append((nll.detach(), *torch.autograd.grad(nll, (h, w), dnll)))
@@ -95,9 +98,11 @@ def test_vocabulary_in_shards_equals_whole() -> None:
             if phase == "forward":
                 run(rank)
             else:
-                nll, h, w = pending[rank]
+                nll, *_ = pending[rank]
                 fn = nll.grad_fn
-                results[rank] = tuple(g for g in fn.apply(dnll) if g is not None)  # autograd's own thread is shared
+                results[rank] = tuple(
+                    g for g in fn.apply(dnll) if g is not None
+                )  # autograd's own thread is shared
 
         threads = [threading.Thread(target=work, args=(r,)) for r in (0, 1)]
         [t.start() for t in threads]

@@ -11,7 +11,9 @@ from ringweave.kernels.rotary import apply_rotary, rotary_table
 
 def test_equals_transformers() -> None:
     order = torch.tensor([0, 1, 2, 0, 1, 511])
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e5})
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e5}
+    )
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), order[None])
     q, k = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16)
     want_q, want_k = apply_rotary_pos_emb(q, k, cos, sin)

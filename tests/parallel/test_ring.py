@@ -16,7 +16,9 @@ LENGTHS = [[1, 30, 7, 41, 17], [97], [2, 2, 2, 2], [50, 3]]
 
 
 def _case(lengths: list[int], heads: int, kv: int, dtype: torch.dtype):
-    documents = np.concatenate([np.full(n, d) for d, n in enumerate(lengths)] + [np.full(5, -1)]).astype(np.int32)
+    documents = np.concatenate([np.full(n, d) for d, n in enumerate(lengths)] + [np.full(5, -1)]).astype(
+        np.int32
+    )
     g = torch.Generator().manual_seed(sum(lengths))
     n = len(documents)
     q = torch.randn(n, heads, 8, generator=g, dtype=torch.float64)
@@ -50,7 +52,9 @@ def _worker(cases: list[tuple]) -> list[float]:
         out = ring_attention(*ours, plan=plan, ring=ring, backend=backend)
         assert out.dtype == dtype
         grads = torch.autograd.grad(out, ours, dout[mine])
-        errors.append(max(float((a.double() - b[mine]).abs().max()) for a, b in zip((out, *grads), want, strict=True)))
+        errors.append(
+            max(float((a.double() - b[mine]).abs().max()) for a, b in zip((out, *grads), want, strict=True))
+        )
     return errors
 
 

@@ -35,7 +35,12 @@ def test_verify_quick_holds_and_says_by_how_much() -> None:
         (3, [{"sp": 3}, {"pp": 3}]),
         pytest.param(
             8,
-            [{"dp": 2, "pp": 2, "tp": 2}, {"dp": 2, "tp": 2, "sp": 2}, {"pp": 2, "tp": 2, "sp": 2}, {"dp": 2, "pp": 2, "sp": 2}],
+            [
+                {"dp": 2, "pp": 2, "tp": 2},
+                {"dp": 2, "tp": 2, "sp": 2},
+                {"pp": 2, "tp": 2, "sp": 2},
+                {"dp": 2, "pp": 2, "sp": 2},
+            ],
             marks=pytest.mark.slow,
         ),
     ],
@@ -65,7 +70,9 @@ def test_a_leak_between_documents_would_be_seen(monkeypatch: pytest.MonkeyPatch)
     from ringweave.parallel.packed import PackedAttention
 
     real = PackedAttention.plan
-    monkeypatch.setattr(PackedAttention, "plan", lambda self, documents: real(self, torch.zeros_like(documents)))
+    monkeypatch.setattr(
+        PackedAttention, "plan", lambda self, documents: real(self, torch.zeros_like(documents))
+    )
     assert not verify.check_packing("fp64")["holds"]
     assert not verify.check_isolation()["holds"]
 
@@ -80,7 +87,11 @@ def test_scaling_all_modality_weights_changes_nothing() -> None:
     counts = np.array([0, 10.0, 3.5, 0, 0, 0, 2])
     for normalize in ("modality", "tokens"):
         one = coefficients(counts, {"text": 1.0, "image": 0.5, "score": 2.0}, normalize=normalize)
-        ten = coefficients(counts, {"control": 10, "text": 10.0, "image": 5.0, "rgba": 10, "video": 10, "audio": 10, "score": 20.0}, normalize=normalize)
+        ten = coefficients(
+            counts,
+            {"control": 10, "text": 10.0, "image": 5.0, "rgba": 10, "video": 10, "audio": 10, "score": 20.0},
+            normalize=normalize,
+        )
         assert np.allclose(one, ten, rtol=1e-15)
         assert one[[0, 3, 4, 5]].tolist() == [0, 0, 0, 0]
     by_hand = coefficients(counts, {"text": 1.0, "image": 0.5, "score": 2.0}, normalize="modality")
@@ -147,7 +158,15 @@ def test_checkpoint_step_counts_in_the_manifest_reach_adamw(tmp_path: Path) -> N
                 seen.append(next((float(s["step"]) for s in state), 0.0))
                 return run
 
-        Looking(config, SyntheticCorpus(vocab=verify.VOCAB), vocab=verify.VOCAB, vocabulary_hash="0", folder=folder, rank=0, report=lambda line: None).run()
+        Looking(
+            config,
+            SyntheticCorpus(vocab=verify.VOCAB),
+            vocab=verify.VOCAB,
+            vocabulary_hash="0",
+            folder=folder,
+            rank=0,
+            report=lambda line: None,
+        ).run()
         folder.release()
     finally:
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from tokenizer_samples import SMALL
 
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.fit import fit_tokenizers

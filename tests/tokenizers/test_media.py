@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import clip, flac, mp4, picture, png, tone
 from PIL import Image
+from tokenizer_samples import clip, flac, mp4, picture, png, tone
 
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.media import decode_audio, decode_image, decode_video
@@ -99,7 +99,7 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def test_huge_declared_sizes_are_refused_before_decoding() -> None:
-    for size in ((10_000, 10_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
+    for size in ((9000, 9000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)):
         with pytest.raises(DataError):
             decode_image(png_of(*size), where=WHERE)
     with pytest.raises(DataError, match="limit"):
@@ -174,3 +174,23 @@ def test_video_keeps_every_frame_and_its_own_time() -> None:
 def test_no_frame_is_lost(count: int) -> None:
     still = np.repeat(clip(1, 1), count, axis=0)
     assert len(decode_video(mp4(still), where=WHERE)[0]) == count
+
+
+@pytest.mark.parametrize("form", ["matroska", "avi"])
+def test_other_containers(form: str) -> None:
+    import av
+
+    sink = io.BytesIO()
+    with av.open(sink, "w", format=form) as file:
+        stream = file.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for pixels in clip(1, 5):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    frames, times = decode_video(sink.getvalue(), where=WHERE)
+    assert len(frames) == 5
+    assert np.allclose(np.diff(times), 0.25, atol=0.002)
+    for part in (0.3, 0.7, 0.95):
+        with pytest.raises(DataError):
+            decode_video(sink.getvalue()[: int(len(sink.getvalue()) * part)], where=WHERE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from conftest import clip, page, picture, prose, tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_samples import clip, page, picture, prose, tone
 
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.manifest import BOS, CONTROL, EOS
@@ -44,7 +46,7 @@ def test_a_document_of_everything_comes_back(tokenizers: TokenizerSet) -> None:
     bounds = [(item.start, item.end) for item in items]
     assert bounds[0][0] == 1
     assert bounds[-1][1] == len(ids) - 1
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:]))
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
 
 
 def test_segments_are_well_formed(tokenizers: TokenizerSet) -> None:
@@ -125,7 +127,7 @@ def test_any_ids_decode(tokenizers: TokenizerSet) -> None:
         items = tokenizers.decode(np.array(ids, np.int32))
         for item in items:
             assert 0 <= item.start < item.end <= len(ids)
-        assert all(a.end <= b.start for a, b in zip(items, items[1:]))
+        assert all(a.end <= b.start for a, b in pairwise(items))
 
     check()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from conftest import records
 from PIL import Image
+from tokenizer_samples import records
 
 from ringweave.tokenizers.measure import composite, ink_f1, measure, psnr, si_sdr
 from ringweave.tokenizers.set import TokenizerSet
