@@ -26,6 +26,7 @@ TEST_TIMEOUT := 600
 
 # One thread a process: runs use several processes, and results do not depend on it.
 export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
 
 help:
 	@sed -n 's/^#   //p' Makefile

@@ -186,13 +186,26 @@ def verify(
     printer = Output(as_json)
     with Progress() as progress:
         result = run(quick=quick, world=world, progress=progress)
-    rows = result["rows"]
-    if rows and isinstance(rows[0], dict):
-        columns = list(rows[0])
-        printer.table("ringweave verify", columns, [[row.get(name) for name in columns] for row in rows])
+    printer.table(
+        "ringweave verify",
+        ("law", "case", "loss", "gradients", "also", "holds"),
+        [_verify_row(row) for row in result["rows"]],
+    )
     printer.say("all laws hold" if result["holds"] else "a law is broken: see the rows that do not hold")
     printer.result(result)
     raise typer.Exit(0 if result["holds"] else 1)
+
+
+def _verify_row(row: dict[str, Any]) -> list[str]:
+    """A check as cells: its differences, what else it counted, and the verdict."""
+    known = ("law", "layout", "max_rel_loss_diff", "max_rel_grad_diff", "holds")
+    also = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in row.items() if k not in known)
+    differences = [_short(row[k]) if k in row else "" for k in known[2:4]]
+    return [str(row["law"]), str(row["layout"]), *differences, also, "yes" if row["holds"] else "NO"]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def evaluate(ctx: typer.Context, run: RunArgument, as_json: JsonOption = False) -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ def save(
 def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place from a checkpoint, whatever layout wrote it; every rank calls it."""
     alone = not dist.is_initialized()
-    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(saved.path)), no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # meant: one process
+        dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(saved.path)), no_dist=alone)
 
 
 def find(root: Path, *, warn: Callable[[str], None]) -> Saved | None:

@@ -61,6 +61,7 @@ def evaluate_run(
         if counts[i] > 0
     }
     folder = RunFolder(run_dir)
+    folder.attempt = max(0, folder.attempts() - 1)  # what is evaluated is what the last attempt left
     folder.log("eval", step=saved.step, heldout=figures)
     return {
         "step": saved.step,

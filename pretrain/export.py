@@ -86,7 +86,9 @@ def write_llama(model: LWM, out: Path, *, context: int = 4096) -> Any:
 def logit_difference(model: LWM, folder: Path, *, length: int = 128) -> float:
     """Largest |difference| of logits between `model` and what transformers loads from `folder`, over one sequence."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = (torch.arange(length) * 7919 + 13) % model.shape.vocab
     ours = model(

@@ -23,6 +23,9 @@ from ringweave.pretrain.models.lwm import LWM, LWMShape, initial_value
 # FSDP warns that in-place changes of a view it returns would lose its hooks; the model makes none.
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
 
+#: Below this many parameters a stage is gathered and reduced whole: latency, not memory, is what costs.
+UNIT = 2**24
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -35,10 +38,12 @@ def build_model(
     precision: str = "fp32",
     ring_layout: str = "zigzag",
     device: torch.device | None = None,
+    unit: int = UNIT,
 ) -> LWM:
     """The model of this rank under `mesh` (None: one process, nothing applied), initialised from `seed`.
 
     Parameters are kept in fp32 (fp64 for precision "fp64"); "bf16" computes in bf16 and reduces in fp32.
+    unit: parameters below which a stage is sharded as one unit instead of a unit a layer.
     """
     device = device or torch.device("cpu")
     keep = torch.float64 if precision == "fp64" else torch.float32
@@ -48,7 +53,7 @@ def build_model(
         model.keep_stage(mesh.rank_on["pp"], mesh.sizes["pp"])
         _tensor_parallel(model, mesh)
         model.attention = PackedAttention(ring=mesh.ring, layout=ring_layout)
-        _shard(model, mesh, precision)
+        _shard(model, mesh, precision, unit)
     model.to_empty(device=device)
     initialise(model, seed=seed)
     return model
@@ -80,7 +85,7 @@ def _tensor_parallel(model: LWM, mesh: Mesh) -> None:
         model.head.cross_entropy = VocabParallelCrossEntropy(mesh.group("tp"))
 
 
-def _shard(model: LWM, mesh: Mesh, precision: str) -> None:
+def _shard(model: LWM, mesh: Mesh, precision: str, unit: int) -> None:
     """FSDP2 over the flattened dp·sp axis; gradients are summed, because losses are already divided globally."""
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
@@ -88,7 +93,9 @@ def _shard(model: LWM, mesh: Mesh, precision: str) -> None:
     over = mesh.dp_sp
     # Pipeline stages run many micro-batches between optimizer steps: gathering once is cheaper than resharding.
     reshard = mesh.sizes["pp"] == 1
-    parts: list[nn.Module] = [m for m in (model.embed, *model.layers.values(), model.head) if m is not None]
+    parts: list[nn.Module] = []
+    if sum(p.numel() for p in model.parameters()) >= unit:
+        parts = [m for m in (model.embed, *model.layers.values(), model.head) if m is not None]
     for part in (*parts, model):
         fully_shard(part, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
     for part in (*parts, model):

@@ -54,7 +54,11 @@ class RunFolder:
         lease.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         lease.flush()
         self._lease = lease
-        self.attempt = sum(1 for e in read_events(self.path / "metrics.jsonl") if e.get("event") == "start")
+        self.attempt = self.attempts()
+
+    def attempts(self) -> int:
+        """How often this run was started so far."""
+        return sum(1 for e in read_events(self.path / "metrics.jsonl") if e.get("event") == "start")
 
     def release(self) -> None:
         """Give the lease back."""

@@ -35,7 +35,9 @@ class Sampler:
 
     def __init__(self, export: Path, *, temperature: float = 0.8, top_k: int = 40, seed: int = 0) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
         self.tokenizers = TokenizerSet.load(export / "ringweave_tokenizers")
         self.temperature, self.top_k = temperature, top_k
