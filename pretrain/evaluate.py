@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def evaluate_run(
     `max_tokens_per_source` is evaluated on its first documents up to that many.
     """
     started = time.monotonic()
+    torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine, whatever training was told
     model, saved, config = load_run(run_dir)
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
     heldout = open_corpus(config, manifest, heldout=True)

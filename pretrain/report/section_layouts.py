@@ -36,7 +36,7 @@ def layouts_section(inputs: Inputs) -> tuple[str, str]:
         law = law_of(row)
         groups.setdefault(LAWS.get(law, str(law or "Layouts")), []).append(row)
     tables = [_law_table(title, group) for title, group in groups.items()]
-    body = f'<div class="cols"><div>{tables[0]}</div><div>{"".join(tables[1:])}</div></div>'
+    body = "".join(f"<div>{t}</div>" for t in tables)
     held = sum(r.get("holds") is True for r in rows)
     lede = (
         f"{held} of {len(rows)} checks hold. Layouts may differ from one process by {number(LOSS_LIMIT)} of "

@@ -76,7 +76,7 @@ figure{margin:18px 0 0;min-width:0}
 figcaption{font-size:12.8px;line-height:1.5;color:var(--soft);margin-top:6px;max-width:62em}
 .fig-title{font-size:13.5px;font-weight:600;margin-bottom:4px}
 .fig-title small{font-weight:400;color:var(--soft);font-size:12.5px}
-.cols{display:grid;grid-template-columns:1fr 1fr;gap:8px 32px}
+.cols{display:grid;grid-template-columns:1fr 1fr;gap:8px 32px}.cols>*{min-width:0}
 .multi{display:grid;grid-template-columns:repeat(3,1fr);gap:20px 26px;margin-top:22px}
 svg.chart{display:block;width:100%;height:auto;overflow:visible}
 .chart text{font-size:11.5px;fill:var(--soft);font-family:inherit}

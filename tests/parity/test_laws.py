@@ -171,3 +171,32 @@ def test_checkpoint_step_counts_in_the_manifest_reach_adamw(tmp_path: Path) -> N
     finally:
         dist.destroy_process_group()
     assert seen == [0.0, 4.0]
+
+
+def test_export_agrees_and_a_wrong_export_would_be_seen(tmp_path: Path) -> None:
+    from ringweave.pretrain.export import logit_difference, write_llama
+    from ringweave.pretrain.parallelize import build_model
+
+    model = build_model(verify.SHAPE, None, seed=2, rope_theta=1e5)
+    with (
+        torch.no_grad()
+    ):  # as a trained model: norms away from 1, weights large enough that every path counts
+        for name, p in model.named_parameters():
+            p.mul_(1.5 if name.endswith("norm.weight") else 4.0)
+    write_llama(model, tmp_path / "right")
+    assert logit_difference(model, tmp_path / "right") <= 1e-4
+    model.rope_theta = 1e4
+    assert logit_difference(model, tmp_path / "right") > 1e-2
+
+
+@pytest.mark.parametrize("unit", [1, 2**24])
+def test_sharding_units_do_not_change_the_gradients(unit: int) -> None:
+    rows = run_ranks(2, _with_unit, unit, timeout=200)[0]
+    assert rows["max_rel_grad_diff"] <= 1e-5, rows
+
+
+def _with_unit(unit: int) -> dict[str, Any]:
+    real = verify.build_model
+    verify.build_model = lambda *args, **kw: real(*args, **{**kw, **({"unit": unit} if args[1] else {})})
+    packs = verify.make_packs()
+    return verify.check_layout({"dp": 2}, packs, verify._reference(packs, "fp32"), "fp32")
