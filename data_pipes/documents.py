@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ringweave.data_pipes.sample import Sample
 from ringweave.tokenizers import media
 from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.members import as_grey, as_mono, as_rgb, as_rgba
 from ringweave.tokenizers.segment import Document, Role, Segment
 
 _PICTURES = ("png", "jpg", "jpeg", "webp")
@@ -64,36 +65,6 @@ class Tokenizers(Protocol):
     def document(self, key: str, segments: list[Segment]) -> Document: ...
 
 
-def to_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 1 | 3 | 4] -> [H, W, 3]. Transparency lies on white."""
-    if image.shape[2] == 1:
-        return np.repeat(image, 3, axis=2)
-    if image.shape[2] == 3:
-        return image
-    colour, alpha = image[..., :3].astype(np.uint32), image[..., 3:].astype(np.uint32)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def to_rgba(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 1 | 3 | 4] -> [H, W, 4], opaque where no alpha is stored."""
-    if image.shape[2] == 4:
-        return image
-    return np.concatenate([to_rgb(image), np.full((*image.shape[:2], 1), 255, np.uint8)], axis=2)
-
-
-def to_grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 1 | 3 | 4] -> [H, W], luma of ITU-R 601 in 16-bit fixed point. Transparency lies on white."""
-    if image.shape[2] == 1:
-        return image[..., 0]
-    rgb = to_rgb(image).astype(np.uint32)
-    return ((rgb[..., 0] * 19595 + rgb[..., 1] * 38470 + rgb[..., 2] * 7471 + 0x8000) >> 16).astype(np.uint8)
-
-
-def to_mono(samples: NDArray[np.int16]) -> NDArray[np.int16]:
-    """[T, channels] -> [T], the mean rounded down."""
-    return (samples.sum(axis=1, dtype=np.int64) // samples.shape[1]).astype(np.int16)
-
-
 def _member(sample: Sample, item: str, wanted: Sequence[str]) -> tuple[bytes, str]:
     """The first member present out of `wanted`, and how messages name it."""
     for extension in wanted:
@@ -122,12 +93,12 @@ def _text(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, 
 
 def _image(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
     data, where = _member(sample, item, (*_PICTURES, "flat.png"))
-    return tokenizers.image_segment(to_rgb(media.decode_image(data, where=where)), **options)
+    return tokenizers.image_segment(as_rgb(media.decode_image(data, where=where)), **options)
 
 
 def _score(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
     data, where = _member(sample, item, _PICTURES)
-    return tokenizers.score_segment(to_grey(media.decode_image(data, where=where)), **options)
+    return tokenizers.score_segment(as_grey(media.decode_image(data, where=where)), **options)
 
 
 def _rgba(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
@@ -135,7 +106,7 @@ def _rgba(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, 
     names = [f"layer{n}.png" for n in range(len(numbers))]
     if not names or any(name not in sample.members for name in names):
         raise _missing(sample, item, "layer0.png, layer1.png, ... without a gap")
-    layers = [to_rgba(media.decode_image(sample.members[n], where=f"{sample.where}:{n}")) for n in names]
+    layers = [as_rgba(media.decode_image(sample.members[n], where=f"{sample.where}:{n}")) for n in names]
     shapes = {layer.shape for layer in layers}
     if len(shapes) > 1:
         sizes = ", ".join(f"{layer.shape[1]}x{layer.shape[0]}" for layer in layers)
@@ -146,7 +117,7 @@ def _rgba(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, 
 def _audio(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
     data, where = _member(sample, item, ("flac", "wav", "ogg"))
     samples, rate = media.decode_audio(data, where=where)
-    return tokenizers.audio_segment(to_mono(samples), rate, **options)
+    return tokenizers.audio_segment(as_mono(samples), rate, **options)
 
 
 def _video(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:

@@ -268,7 +268,7 @@ def sample(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the newest checkpoint write text, draw images, play audio."""
+    """Let the newest checkpoint write text and draw images."""
     existing_run(run)
     ctx.obj.run_dir = run
     from ringweave.pretrain.sample import sample_run

@@ -41,7 +41,8 @@ LAYOUTS: tuple[dict[str, int], ...] = (
     {"dp": 4}, {"tp": 4}, {"pp": 4}, {"sp": 4}, {"dp": 2, "tp": 2}, {"pp": 2, "sp": 2}, {"tp": 2, "sp": 2},
 )  # fmt: skip
 MORE_LAYOUTS: tuple[dict[str, int], ...] = (
-    {"dp": 2, "pp": 2}, {"dp": 2, "sp": 2}, {"pp": 2, "tp": 2}, {"dp": 2}, {"pp": 2}, {"tp": 2}, {"sp": 2}, {"sp": 3},
+    {"dp": 2, "pp": 2}, {"dp": 2, "sp": 2}, {"pp": 2, "tp": 2},
+    {"dp": 1}, {"dp": 2}, {"pp": 2}, {"tp": 2}, {"sp": 2}, {"sp": 3},
 )  # fmt: skip
 LOSS_BOUND, GRAD_BOUND = 1e-6, 1e-5
 
@@ -213,7 +214,9 @@ def check_layout(
 
 def tiny_config(place: Path, name: str, *, world: int, steps: int = 4) -> RunConfig:
     """A two-stage run over the synthetic corpus: dp x tp, then pp x sp where the world allows."""
-    first, second = ({"dp": 2, "tp": 2}, {"pp": 2, "sp": 2}) if world == 4 else ({"dp": world}, {"sp": world})
+    first, second = {"dp": 2, "tp": 2}, {"pp": 2, "sp": 2}
+    if world != 4:
+        first, second = ({"dp": world} if 4 % world == 0 else {"pp": world}), {"sp": world}
     stage = {"tokens": 64 * 4 * steps, "context": 64, "batch": 4}
     return config_from_dict(
         {
