@@ -12,9 +12,10 @@ import pytest
 import soundfile
 from PIL import Image
 
-from ringweave.data_pipes.documents import encode_sample, parse_plan, to_grey, to_mono, to_rgb, to_rgba
+from ringweave.data_pipes.documents import encode_sample, parse_plan
 from ringweave.data_pipes.sample import Sample
 from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.members import as_grey, as_mono, as_rgb, as_rgba
 from ringweave.tokenizers.segment import Document, Segment
 
 
@@ -116,13 +117,13 @@ def test_audio_is_mixed_to_mono_at_its_own_rate() -> None:
 
 def test_colours_are_brought_to_form_in_integers() -> None:
     clear = np.zeros((1, 1, 4), np.uint8)
-    assert to_rgb(clear).tolist() == [[[255, 255, 255]]]
-    assert to_rgb(np.asarray([[[10, 20, 30, 255]]], np.uint8)).tolist() == [[[10, 20, 30]]]
-    assert to_rgb(np.asarray([[[0, 100, 200, 128]]], np.uint8)).tolist() == [[[127, 177, 227]]]
-    assert to_rgba(GREY[..., None])[0, 1].tolist() == [1, 1, 1, 255]
+    assert as_rgb(clear).tolist() == [[[255, 255, 255]]]
+    assert as_rgb(np.asarray([[[10, 20, 30, 255]]], np.uint8)).tolist() == [[[10, 20, 30]]]
+    assert as_rgb(np.asarray([[[0, 100, 200, 128]]], np.uint8)).tolist() == [[[127, 177, 227]]]
+    assert as_rgba(GREY[..., None])[0, 1].tolist() == [1, 1, 1, 255]
     ramp = np.arange(256, dtype=np.uint8)[None, :, None]
-    assert to_grey(np.repeat(ramp, 3, axis=2)).tolist() == ramp[..., 0].tolist(), "grey stays what it is"
-    assert to_mono(np.asarray([[32767, 32767], [-32768, -32768], [3, 0]], np.int16)).tolist() == [
+    assert as_grey(np.repeat(ramp, 3, axis=2)).tolist() == ramp[..., 0].tolist(), "grey stays what it is"
+    assert as_mono(np.asarray([[32767, 32767], [-32768, -32768], [3, 0]], np.int16)).tolist() == [
         32767,
         -32768,
         1,
