@@ -85,7 +85,7 @@ class Trainer:
         self.cursor = Cursor()
         self.saved: checkpoint.Saved | None = None
         self.stop_signal = 0
-        self.last_save = time.monotonic()
+        self.last_save, self.save_seconds = time.monotonic(), 0.0
         self.step_seconds: list[float] = []
 
     def run(self) -> int:
@@ -206,9 +206,10 @@ class Trainer:
             self.cursor.stream = state_after
             self._advance(stage.steps)
             ended = self.cursor.stage != number
-            if due or stopping or ended:
-                record["seconds"]["checkpoint"] = self._save(run)
+            # Recorded before it is saved: a kill between the two repeats a step's record, never loses it.
             self._record(record, plans, board, stopping or ended)
+            if due or stopping or ended:
+                self.save_seconds += self._save(run)
             if stopping and not (ended and self.cursor.stage == len(self.config.stages)):
                 return False
         return True
@@ -307,7 +308,7 @@ class Trainer:
         )
         self.saved, self.last_save = saved, time.monotonic()
         self._log("checkpoint", step=self.cursor.step, path=saved.path.name, **figures)
-        return round(figures["seconds"], 4)
+        return figures["seconds"]
 
     def _record(self, record: dict[str, Any], plans: list[PackPlan], board: Board, last: bool) -> None:
         """Rank 0: ledger first, then metrics, so that a step with a metric always has its samples on record."""
@@ -315,6 +316,7 @@ class Trainer:
             return
         total = self.config.total_steps
         self.step_seconds = [*self.step_seconds[-49:], record["seconds"]["step"]]
+        record["seconds"]["checkpoint"], self.save_seconds = round(self.save_seconds, 4), 0.0
         record["progress"] = record["step"] / total
         record["eta_s"] = float(np.median(self.step_seconds)) * (total - record["step"])
         record["tokens_by_source"] = _by_source(plans)

@@ -128,7 +128,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
     try:
         with open(temporary, "wb") as file:
             with webdataset.TarWriter(
-                file, encoder=False, user="ringweave", group="ringweave", mode=0o444, mtime=0.0
+                file, encoder=False, user="ringweave", group="ringweave", mode=0o444, mtime=0
             ) as writer:
                 for record in records:
                     writer.write({"__key__": record.key, **record.members})
