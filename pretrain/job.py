@@ -55,9 +55,10 @@ def _train(config: RunConfig, folder: RunFolder, rank: int, world: int, allow_ch
             allow_change=allow_change,
         )  # fmt: skip
         code = trainer.run()
-    except UserError as e:
-        _fail(folder, rank, e)
-        os._exit(e.exit_code)  # peers may wait in a collective: leave without tearing the group down
+    except UserError:
+        if world == 1:  # with peers, one may wait in a collective: leave without tearing the group down
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
     return code
 
