@@ -112,7 +112,7 @@ def _train(config: RunConfig, dies_after: int | None = None) -> dict[int, float]
 
 
 def _move_layouts(place: str) -> dict[str, Any]:
-    whole = _train(_config(place, "whole", {"dp": 2, "pp": 2}))
+    whole = _train(_config(place, "whole", {"dp": 2, "sp": 2}))
     _train(_config(place, "moved", {"dp": 2, "tp": 2}), dies_after=3)
     _train(_config(place, "moved", {"sp": 4}), dies_after=6)
     moved = _train(_config(place, "moved", {"pp": 2, "sp": 2}))
