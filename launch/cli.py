@@ -87,7 +87,12 @@ def _usage(error: Any, *, as_json: bool) -> int:
 
 def main() -> None:
     """Entry point of the console script and of `python -m ringweave.launch.cli`."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "RANK" in os.environ:  # a rank of a job, started by torchrun or srun
+        from ringweave.launch.worker import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
