@@ -96,6 +96,8 @@ class Pack:
     targets:         int32 [L], the id to predict at this slot, -1 for none (shifted already)
     target_modality: int8 [L], modality of that id, 0 for none
     weights:         float32 [L], loss weight of that id, 0 for none
+    prefix:          int32 [L], leading slots of the slot's piece that are conditions (a prefix model lets them see
+                     each other both ways)
     """
 
     plan: PackPlan
@@ -107,6 +109,7 @@ class Pack:
     targets: NDArray[np.int32]
     target_modality: NDArray[np.int8]
     weights: NDArray[np.float32]
+    prefix: NDArray[np.int32]
 
 
 def packs_for_rank(first: int, count: int, dp_rank: int, dp: int) -> range:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 
 import numpy as np
 
@@ -33,6 +34,7 @@ def materialise(plan: PackPlan, document_of: Callable[[Piece], Document]) -> Pac
         targets=np.full(size, -1, np.int32),
         target_modality=np.zeros(size, np.int8),
         weights=np.zeros(size, np.float32),
+        prefix=np.zeros(size, np.int32),
     )
     at = 0
     for number, piece in enumerate(plan.pieces):
@@ -46,6 +48,8 @@ def _write(pack: Pack, at: int, number: int, piece: Piece, document: Document) -
     stop = at + len(piece)
     pack.doc[at:stop] = number
     pack.order[at:stop] = np.arange(len(piece), dtype=np.int32)
+    lead = sum(len(s) for s in takewhile(lambda s: s.role == "condition", document.segments))
+    pack.prefix[at:stop] = max(0, min(lead, piece.end) - piece.start)
     begin = 0  # of the segment, inside the document
     for segment in document.segments:
         end = begin + len(segment)

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from ringweave.launch.worker import die_with_parent, exit_note, rank_log
+from ringweave.pretrain.run_folder import write_json
 from ringweave.tokenizers.errors import EXIT_RESUMABLE
 
 #: Seconds that ranks get after SIGTERM or Ctrl-C to write a last checkpoint, unless told otherwise.
@@ -173,10 +174,11 @@ def _forwarding(process: subprocess.Popen[bytes], *, grace: float) -> Iterator[l
 
 @dataclass
 class _Watch:
-    """Passes torchrun's stderr on to ours, keeps its chatter in a file, remembers the first failure."""
+    """Passes torchrun's stderr (rank 0's is in it) on to ours, keeps its chatter in a file, remembers the failure."""
 
     log: Path
     failure: tuple[int, int] | None = None  # (rank, exit code; negative is a signal)
+    told: bool = False  # whether a rank said what went wrong, here on the terminal
     _ended: bool = field(default=False, repr=False)
 
     def pump(self, stream: IO[bytes]) -> None:
@@ -188,6 +190,7 @@ class _Watch:
                     log.write(line)
                     log.flush()
                 else:
+                    self.told = self.told or line.startswith("error (rank ")
                     sys.stderr.write(line)
                     sys.stderr.flush()
 
@@ -261,24 +264,47 @@ def _verdict(
         final = int(fresh["exit_code"])
     else:
         final = first
+    if fresh is not None and code < 0 and (fresh.get("kind"), fresh.get("rank")) == ("gone", rank):
+        # The others only saw it gone; which signal it was is known here.
+        final = first
+        with contextlib.suppress(OSError):
+            assert run_dir is not None
+            write_json(run_dir / "exit.json", {**fresh, "exit_code": final, "signal": _signal_name(code)})
     # Ranks that stopped in order (75) have not failed.
     if final not in (0, EXIT_RESUMABLE):
-        _tell_failure(rank, code, attempt_dir=attempt_dir, reason=(fresh or {}).get("reason", ""))
+        _tell_failure(rank, code, attempt_dir=attempt_dir, record=fresh or {}, told=watch.told)
     return final
 
 
-def _tell_failure(rank: int | None, code: int, *, attempt_dir: Path, reason: str) -> None:
-    if rank is None:
-        print(f"error: the run failed\n  where: {attempt_dir / 'torchrun.log'}", file=sys.stderr, flush=True)
-        return
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            how = f"was killed by {signal.Signals(-code).name}"
-            print(f"error: rank {rank} {how}", file=sys.stderr)
-    else:
-        print(f"error: rank {rank} failed first, exit code {code}", file=sys.stderr)
-    if reason:
-        print(f"  why:   {reason}", file=sys.stderr)
-    log = rank_log(attempt_dir, rank)
+def _signal_name(code: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"signal {-code}"
+
+
+def _tell_failure(
+    rank: int | None, code: int, *, attempt_dir: Path, record: Mapping[str, Any], told: bool
+) -> None:
+    """The verdict, once: what exit.json says unless a rank said it on the terminal, who failed first, the logs.
+
+    record: the run's exit.json, or empty.
+    """
+    lines = []
+    culprit = record.get("rank") if isinstance(record.get("rank"), int) else rank
+    if "what" in record and not told:
+        lines.append(f"error: {record['what']}")
+        lines += [
+            f"  {part + ':':<6} {record[part]}" for part in ("where", "why", "next") if record.get(part)
+        ]
+    elif "what" not in record and rank is None:
+        lines.append("error: the run failed")
+    if code < 0 and rank is not None and (culprit == rank and record.get("kind", "gone") == "gone"):
+        lines.append(f"error: rank {rank} was killed by {_signal_name(code)}")
+    elif "what" not in record and rank is not None:
+        lines.append(f"error: rank {rank} failed first, exit code {code}")
+    if "what" not in record and record.get("reason"):
+        lines.append(f"  why:   {record['reason']}")
+    log = rank_log(attempt_dir, culprit) if culprit is not None and culprit >= 0 else attempt_dir
     where = str(log) if log.exists() else "its output is above"
-    print(f"  where: {where}; torchrun's own in {attempt_dir / 'torchrun.log'}", file=sys.stderr, flush=True)
+    lines.append(f"  logs:  {where}; torchrun's own in {attempt_dir / 'torchrun.log'}")
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ringweave.parallel.ring import Ring
+from ringweave.parallel.ulysses import Ulysses
 
 AXES = ("dp", "pp", "tp", "sp")
 
@@ -21,19 +22,28 @@ AXES = ("dp", "pp", "tp", "sp")
 class Mesh:
     """A rank's place (`rank_on`) and sizes on each axis; `device_mesh` is torch's object behind it.
 
-    dp_sp: data and ring axes flattened into one, over which parameters are sharded.
+    pools: sp as [ring, ulysses], where heads are split. dp_sp: data and ring axes flattened into one, the
+    ranks among which parameters are spread. shards: the same ranks
+    as FSDP2 takes them: [shard], or [replicate, shard] where `replicate` copies of the parameters are kept.
     """
 
     device_mesh: DeviceMesh
     dp_sp: DeviceMesh
+    shards: DeviceMesh
     sizes: dict[str, int]
     rank_on: dict[str, int]
+    pools: DeviceMesh | None = None
 
     @classmethod
-    def build(cls, layout: Mapping[str, int], *, device: str = "cpu") -> Mesh:
+    def build(
+        cls, layout: Mapping[str, int], *, device: str = "cpu", replicate: int = 1, ulysses: int = 1
+    ) -> Mesh:
         """Make the mesh of the running world from sizes by axis (missing axes are 1).
 
-        Raises ValueError when their product is not the world size, or an axis is unknown.
+        replicate: copies of the parameters within dp·sp (1: FSDP2, dp·sp: plain replication, between: HSDP); ranks
+        next to each other shard one copy. ulysses: neighbours on sp that split heads instead of tokens.
+        Raises ValueError when the product of sizes is not the world size, an
+        axis is unknown, replicate does not divide dp·sp, or ulysses does not divide sp.
         """
         unknown = set(layout) - set(AXES)
         if unknown:
@@ -44,11 +54,26 @@ class Mesh:
         if dp * pp * tp * sp != world:
             raise ValueError(f"dp·pp·tp·sp = {dp}·{pp}·{tp}·{sp} = {dp * pp * tp * sp}, world = {world}")
         device_mesh = init_device_mesh(device, (dp, pp, tp, sp), mesh_dim_names=AXES)
-        dp_sp = device_mesh["dp", "sp"]._flatten("dp_sp")
+        if (dp * sp) % replicate:
+            raise ValueError(f"dp·sp = {dp}·{sp} = {dp * sp} is not divisible by replicate = {replicate}")
+        if sp % ulysses:
+            raise ValueError(f"sp = {sp} is not divisible by ulysses = {ulysses}")
+        pools = None
+        if ulysses > 1:
+            shape = (dp * pp * tp, sp // ulysses, ulysses)
+            pools = init_device_mesh(device, shape, mesh_dim_names=("rest", "ring", "ulysses"))
+        dp_sp = shards = device_mesh["dp", "sp"]._flatten("dp_sp")
+        if replicate > 1:
+            shards = dp_sp._unflatten(0, (replicate, dp * sp // replicate), ("replicate", "shard"))
         where = device_mesh.get_coordinate()
         assert where is not None
         return cls(
-            device_mesh=device_mesh, dp_sp=dp_sp, sizes=sizes, rank_on=dict(zip(AXES, where, strict=True))
+            device_mesh=device_mesh,
+            dp_sp=dp_sp,
+            shards=shards,
+            sizes=sizes,
+            rank_on=dict(zip(AXES, where, strict=True)),
+            pools=pools,
         )
 
     def group(self, axis: str) -> dist.ProcessGroup:
@@ -57,10 +82,25 @@ class Mesh:
 
     @property
     def ring(self) -> Ring:
-        """This rank's ring (of one, without a group, when sp is 1)."""
+        """This rank's ring (of one, without a group, when nothing is passed round)."""
         if self.sizes["sp"] == 1:
             return Ring()
+        if self.pools is not None:
+            size = self.pools["ring"].size()
+            return (
+                Ring(self.pools["ring"].get_local_rank(), size, self.pools["ring"].get_group())
+                if size > 1
+                else Ring()
+            )
         return Ring(rank=self.rank_on["sp"], size=self.sizes["sp"], group=self.group("sp"))
+
+    @property
+    def ulysses(self) -> Ulysses:
+        """The neighbours on sp with which this rank swaps tokens for heads."""
+        if self.pools is None:
+            return Ulysses()
+        pool = self.pools["ulysses"]
+        return Ulysses(pool.get_local_rank(), pool.size(), pool.get_group())
 
     def describe(self) -> str:
         """For messages: `dp2·tp2`, or `1` for a single rank."""

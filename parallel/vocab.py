@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ringweave.kernels.cross_entropy import head_cross_entropy
+from ringweave.kernels.cross_entropy import VocabShard, head_cross_entropy
 
 
 class VocabParallelCrossEntropy:
-    """`head_cross_entropy` for a head whose rows are split evenly over `group` (Megatron-LM, Shoeybi et al. 2019).
+    """`head_cross_entropy` for a head whose rows are split over `group` (Megatron-LM, Shoeybi et al. 2019).
 
-    Each rank scores its own rows; the maximum, the sum of exponentials and the target's logit are reduced,
-    and so is the gradient of the hidden states.
+    Each rank scores its own rows. One all-gather carries the LSE and the target's logit of all shards: one a
+    call, or one a chunk where the forward makes gradients; one all-reduce in the backward adds the gradient of
+    the hidden states. Hidden states, targets and `expected` must be the same on every rank of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
-    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int) -> Tensor:
-        """hidden [T, D], weight: DTensor [V, D] sharded on rows, targets [T] global ids -> nll [T]."""
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        return head_cross_entropy(
-            hidden,
-            local,
-            targets,
-            chunk=chunk,
-            vocab_start=self.rank * local.shape[0],
-            reduce_max=lambda x: self._reduce(x, dist.ReduceOp.MAX),
-            reduce_sum=lambda x: self._reduce(x, dist.ReduceOp.SUM),
-        )
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk: int, expected: Tensor | None = None
+    ) -> Tensor:
+        """hidden [T, D], targets [T] global ids, expected [T] or None (see head_cross_entropy) -> nll [T].
 
-    def _reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        x = x.contiguous()
-        dist.all_reduce(x, op=op, group=self.group)
-        return x
+        weight [V, D]: a DTensor sharded on rows, as evenly as DTensor does; or this rank's rows, which must
+        then be as many on every rank.
+        """
+        if isinstance(weight, DTensor):
+            local = weight.to_local()
+            start = min(self.rank * -(-weight.shape[0] // self.ranks), weight.shape[0])
+        else:
+            local, start = weight, self.rank * weight.shape[0]
+        shard = VocabShard(start, self._gather, self._add)
+        return head_cross_entropy(hidden, local, targets, chunk=chunk, expected=expected, shard=shard)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.ranks, *x.shape)
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=self.group)
+        return out
+
+    def _add(self, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total

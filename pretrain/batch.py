@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ringweave.data_pipes.pack import Pack
-from ringweave.parallel.ring_plan import Slots
+from ringweave.parallel.ring_layout import RingLayout
 from ringweave.pretrain.objectives import target_counts
 
 
@@ -19,19 +20,27 @@ from ringweave.pretrain.objectives import target_counts
 class Batch:
     """This rank's part of a step. n packs, l of their L slots.
 
-    ids, order, targets [n, l]; documents [n, L] (whole packs: attention plans need them); weights and modality
-    [n, l] of each target; counts [modalities] of this data rank's packs.
+    ids, order, targets [n, l]; documents, owner, prefix [n, L] (whole packs: attention plans need them): document,
+    ring rank and leading two-way slots of each slot; weights and modality [n, l] of each target; counts [modalities]
+    of this data rank's packs.
     """
 
     ids: Tensor
     order: Tensor
     targets: Tensor
     documents: Tensor
+    owner: Tensor
+    prefix: Tensor
     weights: NDArray[np.float32]
     modality: NDArray[np.int8]
     counts: NDArray[np.float64]
     real_tokens: int
     slots: int
+
+    def inputs(self, part: slice = slice(None)) -> dict[str, Tensor]:
+        """What the model needs beside ids, of these packs; every tensor has the packs as its first dim."""
+        names = ("order", "documents", "owner", "prefix", "targets")
+        return {name: getattr(self, name)[part] for name in names}
 
     def terms(self, coefficients: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
         """[n, l, 3] of `dtype`: coefficient x weight, weight, modality."""
@@ -39,22 +48,35 @@ class Batch:
         return torch.from_numpy(np.stack([coef, self.weights, self.modality], axis=-1)).to(dtype)
 
 
-def collate(packs: Sequence[Pack], slots: Slots) -> Batch:
-    """Stack packs and keep the slots of this ring rank (`slots`: global slot of each local one)."""
+def collate(
+    packs: Sequence[Pack], *, ring: RingLayout | None = None, rank: int = 0, prefix: bool = False
+) -> Batch:
+    """Stack packs and keep the slots of ring rank `rank` under `ring` (None: all slots).
+
+    prefix: whether the leading conditions of documents see each other both ways.
+    """
     weights = np.stack([p.weights for p in packs])
     modality = np.stack([p.target_modality for p in packs])
     documents = np.stack([p.doc for p in packs])
+    lead = np.stack([p.prefix for p in packs]) if prefix else np.zeros_like(documents)
+    owner = (ring or RingLayout()).owner(documents, lead)
+    mine = owner == rank
 
-    def mine(field: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(p, field)[slots] for p in packs]).astype(np.int64))
+    def own(values: NDArray[Any]) -> NDArray[Any]:
+        return values[mine].reshape(len(packs), -1)
+
+    def tensor(field: str) -> Tensor:
+        return torch.from_numpy(own(np.stack([getattr(p, field) for p in packs])).astype(np.int64))
 
     return Batch(
-        ids=mine("ids"),
-        order=mine("order"),
-        targets=mine("targets"),
+        ids=tensor("ids"),
+        order=tensor("order"),
+        targets=tensor("targets"),
         documents=torch.from_numpy(documents),
-        weights=weights[:, slots],
-        modality=modality[:, slots],
+        owner=torch.from_numpy(owner),
+        prefix=torch.from_numpy(lead),
+        weights=own(weights),
+        modality=own(modality),
         counts=target_counts(weights, modality),
         real_tokens=int((documents >= 0).sum()),
         slots=documents.size,

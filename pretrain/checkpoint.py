@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import load as dcp_load
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ringweave.parallel import watch
 from ringweave.pretrain.errors import StorageError
 
 FORMAT = 1
@@ -178,7 +179,8 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return _guarded(action, raise_now=True)[0]
     box = [_guarded(action) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
+    with watch.at("broadcast of rank 0's result", 0):
+        dist.broadcast_object_list(box, src=0)
     assert box[0] is not None
     value, failure = box[0]
     if failure is not None:

@@ -249,7 +249,7 @@ def _apply_override(values: dict[str, Any], item: str) -> KeyPath:
 
 _HARMLESS = re.compile(
     r"(run\.(dir|name)|log(\..*)?|checkpoint(\..*)?|timeout(\..*)?|tokenizers\.dir|data\.dir|data\.sources\.\d+\.heldout"
-    r"|stages\.\d+\.layout(\..*)?|stages\.\d+\.micro_batch|model\.head_chunk)"
+    r"|stages\.\d+\.layout(\..*)?|stages\.\d+\.(micro_batch|recompute)|model\.head_chunk|engine(\..*)?)"
 )
 _IMPOSSIBLE = re.compile(r"model\..*|data\.sources\.\d+\.(name|plan|shards)(\..*)?|run\.seed")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ringweave.pretrain.config_schema import ModelSection, RunConfig, Stage
+    from ringweave.pretrain.config_schema import Layout, ModelSection, RunConfig, Stage
 
 #: What a plan may name, in the order of docs/config.md. A trailing "?" makes the item optional.
 PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video")
@@ -21,6 +21,9 @@ DEFAULT_PLANS: dict[str, tuple[str, ...]] = {
     "audio": ("audio",),
     "video": ("caption", "video"),
 }
+
+#: Pipeline schedules that visit every rank more than once.
+LOOPED = ("interleaved", "zero_bubble", "zbv")
 
 Finding = tuple[tuple[str | int, ...], str, str]
 
@@ -47,12 +50,16 @@ def cross_problems(config: RunConfig, *, world: int | None = None) -> list[Findi
         *_model_problems(config.model),
         *_data_problems(config),
         *_world_problems(config, world),
-        *(
-            found
-            for i, stage in enumerate(config.stages)
-            for found in _stage_problems(config.model, stage, i)
-        ),
+        *_engine_problems(config),
+        *(found for i in range(len(config.stages)) for found in layout_problems(config, i)),
     ]
+
+
+def layout_problems(config: RunConfig, i: int) -> Iterator[Finding]:
+    """What is impossible about the layout of stage `i` (0-based), whatever the number of processes."""
+    stage = config.stages[i]
+    yield from _engine_layout_problems(config, stage, i)
+    yield from _stage_problems(config.model, stage, i)
 
 
 def _model_problems(model: ModelSection) -> Iterator[Finding]:
@@ -126,6 +133,43 @@ def _world_problems(config: RunConfig, world: int | None) -> Iterator[Finding]:
             )
 
 
+def _engine_problems(config: RunConfig) -> Iterator[Finding]:
+    engine = config.engine
+    if engine.kind != "deepspeed" and engine.offload != "none":
+        yield (
+            ("engine", "offload"),
+            f"engine.offload = {engine.offload} with engine.kind = {engine.kind}",
+            "only DeepSpeed offloads: set engine.kind: deepspeed, or engine.offload: none",
+        )
+
+
+def _engine_layout_problems(config: RunConfig, stage: Stage, i: int) -> Iterator[Finding]:
+    """What DeepSpeed cannot do inside this trainer (docs/deepspeed.md says why)."""
+    engine, layout, at = config.engine, stage.layout, ("stages", i, "layout")
+    if engine.kind != "deepspeed":
+        return
+    if layout.pp > 1:
+        yield (
+            (*at, "pp"),
+            f"engine deepspeed cannot run pp = {layout.pp}: DeepSpeed's pipeline engine owns its schedule and "
+            "asserts ZeRO < 2; nesting it in this trainer's pipeline is undefined",
+            "set pp: 1, or engine.kind: torch",
+        )
+    if layout.replicate > 1:
+        yield (
+            (*at, "replicate"),
+            f"engine deepspeed cannot run replicate = {layout.replicate}: ZeRO shards over all of dp·sp",
+            "set replicate: 1, or engine.kind: torch",
+        )
+    if stage.recompute != "none" and engine.zero == 3:
+        yield (
+            ("stages", i, "recompute"),
+            f"engine deepspeed with zero 3 cannot run recompute = {stage.recompute}: computing a layer again "
+            "lets ZeRO-3 release parameters that its backward still needs",
+            "set recompute: none, engine.zero: 2, or engine.kind: torch, which shards parameters just as well",
+        )
+
+
 def _stage_problems(model: ModelSection, stage: Stage, i: int) -> Iterator[Finding]:
     layout, at = stage.layout, ("stages", i, "layout")
     for name, value in (("heads", model.heads), ("kv_heads", model.kv_heads), ("ffn", model.ffn)):
@@ -135,12 +179,8 @@ def _stage_problems(model: ModelSection, stage: Stage, i: int) -> Iterator[Findi
                 f"model.{name} = {value} is not divisible by tp = {layout.tp}",
                 f"choose tp that divides {value}",
             )
-    if model.layers < layout.pp:
-        yield (
-            (*at, "pp"),
-            f"model.layers = {model.layers} is less than pp = {layout.pp}",
-            "a pipeline rank needs a layer",
-        )
+    yield from _pipeline_problems(model, layout, at)
+    yield from _ring_problems(model, layout, at)
     if stage.context < 2 * layout.sp:
         yield (
             (*at, "sp"),
@@ -169,6 +209,59 @@ def _stage_problems(model: ModelSection, stage: Stage, i: int) -> Iterator[Findi
             f"micro-batches per rank = batch / dp / micro_batch = {stage.micro_batches} "
             f"is less than pp = {layout.pp}",
             f"a pipeline of {layout.pp} needs batch of at least {need}",
+        )
+
+
+def _pipeline_problems(model: ModelSection, layout: Layout, at: tuple[str | int, ...]) -> Iterator[Finding]:
+    if model.layers < layout.parts:
+        held = f" · virtual = {layout.parts}" if layout.virtual > 1 else ""
+        yield (
+            (*at, "pp"),
+            f"model.layers = {model.layers} is less than pp{held} = {layout.parts}",
+            "every part of a pipeline needs a layer",
+        )
+    looped = layout.schedule in LOOPED
+    if (looped and layout.virtual < 2) or (layout.schedule == "zbv" and layout.virtual != 2):
+        yield (
+            (*at, "virtual"),
+            f"schedule {layout.schedule} needs {'2' if layout.schedule == 'zbv' else '2 or more'} parts a "
+            f"rank, virtual = {layout.virtual}",
+            "set virtual: 2",
+        )
+    elif not looped and layout.virtual > 1:
+        yield (
+            (*at, "virtual"),
+            f"schedule {layout.schedule} holds one part a rank, virtual = {layout.virtual}",
+            "set virtual: 1, or schedule: interleaved",
+        )
+    if layout.split is not None and (len(layout.split) != layout.parts or sum(layout.split) != model.layers):
+        yield (
+            (*at, "split"),
+            f"split has {len(layout.split)} parts of {sum(layout.split)} layers, pp·virtual = {layout.parts} "
+            f"parts of {model.layers} layers are needed",
+            "name the layers of every part, in order",
+        )
+
+
+def _ring_problems(model: ModelSection, layout: Layout, at: tuple[str | int, ...]) -> Iterator[Finding]:
+    if layout.sp % layout.ulysses:
+        yield (
+            (*at, "ulysses"),
+            f"sp = {layout.sp} is not divisible by ulysses = {layout.ulysses}",
+            f"choose a divisor of {layout.sp}",
+        )
+    for name, value in (("heads", model.heads), ("kv_heads", model.kv_heads)):
+        if layout.ulysses > 1 and value % (layout.tp * layout.ulysses):
+            yield (
+                (*at, "ulysses"),
+                f"model.{name} = {value} is not divisible by tp · ulysses = {layout.tp * layout.ulysses}",
+                "each rank of a Ulysses group takes whole heads; the ring (ulysses: 1) needs no such rule",
+            )
+    if (layout.dp * layout.sp) % layout.replicate:
+        yield (
+            (*at, "replicate"),
+            f"dp · sp = {layout.dp * layout.sp} is not divisible by replicate = {layout.replicate}",
+            f"choose a divisor of {layout.dp * layout.sp}",
         )
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from ringweave.pretrain.config_checks import CrossFieldError, check_plan_item, cross_problems
+from ringweave.pretrain.config_checks import LOOPED, CrossFieldError, check_plan_item, cross_problems
+from ringweave.pretrain.config_layouts import with_suggestions
 from ringweave.pretrain.errors import redact
 from ringweave.pretrain.units import Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
 
@@ -70,13 +71,20 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """Shape of the transformer. The vocabulary size comes from the tokenizers."""
+    """Shape of the transformer. The vocabulary size comes from the tokenizers.
+
+    attention "prefix": the leading conditions of a document see each other both ways. window: keys further
+    away than this are not seen, but by every `full_every`-th layer (1: the window holds in all layers).
+    """
 
     kind: Literal["lwm"] = "lwm"
     layers: Count
     width: Count
     heads: Count
     kv_heads: Count = Field(default_factory=lambda seen: seen.get("heads", 1))
+    attention: Literal["causal", "prefix"] = "causal"
+    window: Count | None = None
+    full_every: Count = 1
     ffn: Count = Field(default_factory=lambda seen: default_ffn(seen.get("width", 64)))
     norm_eps: Positive = 1e-6
     head_chunk: Count = 512
@@ -122,18 +130,34 @@ class OptimizerSection(Section):
 
 
 class Layout(Section):
-    """Ranks along each mesh axis, and how the sequence is dealt to the ring."""
+    """Ranks along each mesh axis, and how parameters, layers and tokens are dealt to them.
+
+    ring, transport, ulysses: the ring over sp; replicate: copies of the parameters within dp·sp; schedule,
+    virtual, split: the pipeline over pp; norms: where norms are computed under tp. docs/parallel.md explains.
+    """
 
     dp: Count = 1
     pp: Count = 1
     tp: Count = 1
     sp: Count = 1
-    ring: Literal["zigzag", "contiguous"] = "zigzag"
+    ring: Literal["planned", "zigzag", "contiguous", "per_document"] = "planned"
+    transport: Literal["auto", "ring", "direct", "gather"] = "auto"
+    ulysses: Count = 1
+    replicate: Count = 1
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero_bubble", "zbv"] = "1f1b"
+    virtual: Count = Field(default_factory=lambda seen: 2 if seen.get("schedule") in LOOPED else 1)
+    split: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    norms: Literal["sequence", "replicated"] = "sequence"
 
     @property
     def world(self) -> int:
         """Processes this layout needs."""
         return self.dp * self.pp * self.tp * self.sp
+
+    @property
+    def parts(self) -> int:
+        """Parts the layers are cut into: pipeline ranks times the parts each holds."""
+        return self.pp * self.virtual
 
 
 class Stage(Section):
@@ -144,6 +168,7 @@ class Stage(Section):
     batch: Count
     micro_batch: Count = 1
     rope_theta: Positive = 1e4
+    recompute: Literal["none", "selective", "full"] = "none"
     layout: Layout = Layout()
     weights: dict[str, NonNegative] | None = None
 
@@ -161,6 +186,14 @@ class Stage(Section):
     def micro_batches(self) -> int:
         """Micro-batches of one dp rank in one optimizer step."""
         return self.batch // self.layout.dp // self.micro_batch
+
+
+class EngineSection(Section):
+    """What runs a step: torch itself, or DeepSpeed with a ZeRO stage, its optimizer perhaps in host memory."""
+
+    kind: Literal["torch", "deepspeed"] = "torch"
+    zero: Literal[1, 2, 3] = 1
+    offload: Literal["none", "cpu"] = "none"
 
 
 class CheckpointSection(Section):
@@ -205,6 +238,7 @@ class RunConfig(Section):
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection
     precision: Literal["fp32", "bf16"] = "fp32"
+    engine: EngineSection = EngineSection()
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
@@ -215,7 +249,7 @@ class RunConfig(Section):
         world = info.context.get("world") if info.context else None
         problems = cross_problems(self, world=world)
         if problems:
-            raise CrossFieldError(problems)
+            raise CrossFieldError(with_suggestions(self, problems, world))
         return self
 
     @property

@@ -5,7 +5,8 @@ A trainer sees four calls: `forward_backward`, `grad_norm`, `clip`, `step`; and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from ringweave.parallel.grad_norm import clip_, local_squares, world_sum
 from ringweave.parallel.mesh import Mesh
@@ -21,17 +21,20 @@ from ringweave.pretrain.batch import Batch
 from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.objectives import coefficients, term_sums
 from ringweave.pretrain.parallelize import DTYPES
+from ringweave.pretrain.pipeline import PipelineRunner
 
 
 class TorchEngine:
     """One rank's model and optimizer. `mesh` None runs in a single process without any wrapper.
 
-    micro_batch: packs in one forward pass; modality_weights, normalize: see `objectives.coefficients`.
+    parts: the model, or this rank's parts of it as `build_parts` gives them for the same `schedule`; micro_batch:
+    packs in one forward pass; modality_weights, normalize: see `objectives.coefficients`; split_backward: whether
+    a schedule that wants it may run a backward in two halves.
     """
 
     def __init__(
         self,
-        model: LWM,
+        parts: LWM | Sequence[LWM],
         mesh: Mesh | None,
         *,
         micro_batch: int,
@@ -39,23 +42,31 @@ class TorchEngine:
         modality_weights: Mapping[str, float] | None = None,
         normalize: str = "modality",
         optimizer: torch.optim.Optimizer | None = None,
+        schedule: str = "1f1b",
+        split_backward: bool = True,
     ) -> None:
-        self.model, self.mesh, self.micro_batch, self.optimizer = model, mesh, micro_batch, optimizer
+        self.parts = [parts] if isinstance(parts, LWM) else list(parts)
+        self.mesh, self.micro_batch, self.optimizer = mesh, micro_batch, optimizer
         self.dtype = DTYPES[precision]
         self.modality_weights = dict(modality_weights or {})
         self.normalize = normalize
         self.sums = torch.zeros(0)
-        self._schedules: dict[tuple[int, int], Schedule1F1B] = {}
+        self.pipeline: PipelineRunner | None = None
+        if mesh is not None and mesh.sizes["pp"] > 1:
+            self.pipeline = PipelineRunner(
+                self.parts, mesh, schedule=schedule, micro_batch=micro_batch, dtype=self.dtype, loss=self._loss,
+                split_backward=split_backward,
+            )  # fmt: skip
 
     @property
-    def stages(self) -> int:
-        """Pipeline stages."""
-        return self.mesh.sizes["pp"] if self.mesh else 1
+    def model(self) -> LWM:
+        """The first of this rank's parts: the model, where a rank holds one part."""
+        return self.parts[0]
 
     @property
     def last_stage(self) -> bool:
         """Whether this rank computes losses."""
-        return self.model.head is not None
+        return self.parts[-1].head is not None
 
     def global_counts(self, batch: Batch) -> NDArray[np.float64]:
         """Target counts per modality over all data ranks."""
@@ -74,10 +85,12 @@ class TorchEngine:
         scale = coefficients(counts, self.modality_weights, normalize=self.normalize)
         self.sums = torch.zeros(len(counts), dtype=torch.float64)
         terms = batch.terms(scale, torch.float64 if self.dtype == torch.float64 else torch.float32)
-        if self.stages > 1:
-            self._pipelined(batch, terms)
+        if self.pipeline is not None:
+            self.pipeline.run(batch, terms)
         else:
             self._accumulated(batch, terms)
+        for part in self.parts:
+            part.after_backward()
         share = self.sums
         if self.mesh:  # tensor-parallel ranks compute the same sums: one of them counts
             share = share / self.mesh.sizes["tp"]
@@ -94,53 +107,13 @@ class TorchEngine:
             if isinstance(self.model, FSDPModule):
                 last = at + self.micro_batch >= rows
                 self.model.set_requires_gradient_sync(last)
-            nll = self.model(
-                batch.ids[part],
-                order=batch.order[part],
-                documents=batch.documents[part],
-                targets=batch.targets[part],
-            )
+            expected = terms[part][..., 0]  # what `_loss` hands back: the head makes its gradients at once
+            nll = self.model(batch.ids[part], **batch.inputs(part), expected=expected)
             self._loss(nll, terms[part]).backward()
-
-    def _pipelined(self, batch: Batch, terms: Tensor) -> None:
-        schedule = self._schedule(batch.ids.shape)
-        kwargs = {"order": batch.order, "documents": batch.documents, "targets": batch.targets}
-        first = self.model.embed is not None
-        schedule.step(
-            *([batch.ids] if first else []),
-            target=terms if self.last_stage else None,
-            return_outputs=False,
-            **kwargs,
-        )
-
-    def _schedule(self, shape: torch.Size) -> Schedule1F1B:
-        """The 1F1B schedule for batches of this shape; input and output shapes are given, none is probed."""
-        key = (shape[0], shape[1])
-        if key in self._schedules:
-            return self._schedules[key]
-        assert self.mesh is not None
-        hidden = torch.empty(
-            self.micro_batch, shape[1], self.model.shape.width, dtype=self.dtype, device="meta"
-        )
-        ids = torch.empty(self.micro_batch, shape[1], dtype=torch.int64, device="meta")
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        nll = torch.empty(self.micro_batch, shape[1], dtype=wide, device="meta")
-        stage = PipelineStage(
-            self.model,
-            self.mesh.rank_on["pp"],
-            self.stages,
-            torch.device("cpu"),
-            input_args=(ids,) if self.model.embed is not None else (hidden.requires_grad_(),),
-            output_args=(nll.requires_grad_() if self.last_stage else hidden.detach().requires_grad_(),),
-            group=self.mesh.group("pp"),
-        )
-        schedule = Schedule1F1B(stage, shape[0] // self.micro_batch, loss_fn=self._loss, scale_grads=False)
-        self._schedules[key] = schedule
-        return schedule
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """This rank's parameters."""
-        return self.model.parameters()
+        return chain.from_iterable(part.parameters() for part in self.parts)
 
     def grad_squares(self) -> Tensor:
         """This rank's share of the squared global gradient norm (see parallel/grad_norm.py)."""
@@ -166,12 +139,13 @@ class TorchEngine:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.model.zero_grad(set_to_none=True)
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and moments by layout-independent name, sharing memory with the live ones."""
         state: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters():
+        for name, p in chain.from_iterable(part.named_parameters() for part in self.parts):
             state[f"model.{name}"] = p.detach() if not isinstance(p, nn.Parameter) else p.data
             if self.optimizer is not None:
                 moments = self._moments(p)
@@ -196,11 +170,18 @@ class TorchEngine:
 
 
 def make_adamw(
-    model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    parts: nn.Module | Sequence[nn.Module],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with decay on matrices only, never on norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    """AdamW (Loshchilov & Hutter 2019) over all parts of a rank, with decay on matrices only, never on norms."""
+    parts = [parts] if isinstance(parts, nn.Module) else parts
+    everything = [p for part in parts for p in part.parameters()]
+    matrices = [p for p in everything if p.ndim > 1]
+    vectors = [p for p in everything if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     # foreach=False: tensors of one group may live on different meshes.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, foreach=False)

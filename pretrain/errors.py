@@ -84,9 +84,17 @@ class NonFiniteError(UserError):
 
 
 class HangError(UserError):
-    """A rank did not answer within the timeout (exit 5)."""
+    """A rank died, or did not answer within the timeout (exit 5)."""
 
     exit_code = EXIT_HANG
+
+
+class PeerError(UserError):
+    """Another rank failed, and this one ends because of it, with that rank's exit code."""
+
+    def __init__(self, what: str, *, exit_code: int, where: str = "", why: str = "", fix: str = "") -> None:
+        super().__init__(what, where=where, why=why, fix=fix)
+        self.exit_code = exit_code
 
 
 class StorageError(UserError):

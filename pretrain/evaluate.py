@@ -49,8 +49,8 @@ def evaluate_run(
     sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
     counts = np.zeros(len(MODALITIES))
     for plan in plans:
-        batch = collate([stream.materialise(plan)], np.arange(context))
-        nll = model(batch.ids, order=batch.order, documents=batch.documents, targets=batch.targets)
+        batch = collate([stream.materialise(plan)])
+        nll = model(batch.ids, **batch.inputs())
         sums += term_sums(nll, torch.from_numpy(batch.weights), torch.from_numpy(batch.modality))
         counts += batch.counts
     figures = {

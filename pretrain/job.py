@@ -6,9 +6,8 @@ Launchers (torchrun, srun, `ringweave launch`) set RANK, WORLD_SIZE, MASTER_ADDR
 from __future__ import annotations
 
 import os
-import sys
 import time
-import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,48 +16,71 @@ import torch.distributed as dist
 
 from ringweave.data_pipes.corpus import Corpus, SourceSpec
 from ringweave.data_pipes.reader import expand_shards
+from ringweave.data_pipes.stream import Documents
 from ringweave.data_pipes.token_cache import build_cache, cache_path
+from ringweave.parallel.watchdog import is_lost_peer
 from ringweave.pretrain import checkpoint
 from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.errors import HangError
-from ringweave.pretrain.run_folder import RunFolder, write_json
+from ringweave.pretrain.failure import Failure
+from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.trainer import Trainer
 from ringweave.tokenizers.errors import DataError, UserError
 from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.set import TokenizerSet
 
+#: What a job trains on: the corpus, the vocabulary's size and its hash.
+Data = tuple[Documents, int, str]
+
 
 def main(config: RunConfig, *, allow_change: bool = False) -> int:
     """Train as this process's rank. Gives the exit code; also leaves it in exit.json (see docs/errors.md)."""
+
+    def load() -> Data:
+        manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
+        corpus = open_corpus(config, manifest, rank=int(os.environ.get("RANK", "0")))
+        return corpus, manifest.size, manifest.hash
+
+    return run_rank(config, load, allow_change=allow_change)
+
+
+def run_rank(config: RunConfig, load: Callable[[], Data], *, allow_change: bool = False) -> int:
+    """As `main`, on the data that `load` gives."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = RunFolder(Path(config.run.dir))
+    failure = Failure(config, folder, rank, world)
     try:
-        return _train(config, folder, rank, world, allow_change)
+        return _train(config, load, failure, allow_change)
     except UserError as e:
-        return _fail(folder, rank, e)
-    except RuntimeError as e:
-        if "timed out" not in str(e).lower():
-            raise
-        return _fail(folder, rank, _hang(e, rank, config))
+        return failure.raised(e)
+    except Exception as e:
+        if world > 1 and is_lost_peer(e):
+            return failure.lost(e)
+        failure.crashed(e)
+        raise
     finally:
+        failure.close()
         folder.release()
 
 
-def _train(config: RunConfig, folder: RunFolder, rank: int, world: int, allow_change: bool) -> int:
-    manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
-    corpus = open_corpus(config, manifest, rank=rank)
+def _train(config: RunConfig, load: Callable[[], Data], failure: Failure, allow_change: bool) -> int:
+    rank, world, folder = failure.rank, failure.world, failure.folder
+    corpus, vocab, vocabulary_hash = load()
     _join(config, rank, world)
     try:
         checkpoint.on_first_rank(lambda: _claim(folder, config))
+        failure.watch()
         trainer = Trainer(
-            config, corpus, vocab=manifest.size, vocabulary_hash=manifest.hash, folder=folder, rank=rank,
+            config, corpus, vocab=vocab, vocabulary_hash=vocabulary_hash, folder=folder, rank=rank,
             allow_change=allow_change,
         )  # fmt: skip
+        failure.shield()  # from here on the trainer handles signals
         code = trainer.run()
     except UserError:
         if world == 1:  # with peers, one may wait in a collective: leave without tearing the group down
             dist.destroy_process_group()
         raise
+    failure.done()
     dist.destroy_process_group()
     return code
 
@@ -76,9 +98,29 @@ def _join(config: RunConfig, rank: int, world: int) -> None:
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world, timeout=timedelta(seconds=config.timeout.collective)
-    )
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.timeout.start)))
+    _meet(store, rank, world, seconds=config.timeout.start)
+    limit = timedelta(seconds=config.timeout.collective)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+
+
+def _meet(store: dist.Store, rank: int, world: int, *, seconds: float) -> None:
+    """Wait until every rank has come this far: starts differ by more than a collective may take.
+
+    Raises HangError with the ranks that did not come.
+    """
+    store.set(f"ringweave-here-{rank}", "1")
+    deadline, missing = time.monotonic() + seconds, list(range(world))
+    while missing := [r for r in missing if not store.check([f"ringweave-here-{r}"])]:
+        if time.monotonic() > deadline:
+            shown = ", ".join(map(str, missing[:16])) + (" …" if len(missing) > 16 else "")
+            raise HangError(
+                f"{len(missing)} of {world} ranks did not start: {shown}",
+                where=f"rank {rank} waited at the start",
+                why=f"they did not come within timeout.start = {seconds:g} s",
+                fix="see their logs and hosts, or raise timeout.start; start again with the same command",
+            )
+        time.sleep(0.1)
 
 
 def source_specs(config: RunConfig, *, heldout: bool = False) -> list[SourceSpec]:
@@ -119,28 +161,3 @@ def open_corpus(
             )
         time.sleep(0.2)
     return Corpus.open(specs, manifest_hash=manifest.hash)
-
-
-def _hang(e: RuntimeError, rank: int, config: RunConfig) -> HangError:
-    return HangError(
-        f"rank {rank} waited in vain for another rank",
-        where="".join(traceback.format_tb(e.__traceback__)[-1:]).strip(),
-        why=f"a collective did not finish within timeout.collective = {config.timeout.collective:.0f} s",
-        fix="see which rank's log ends first; resume with the same command",
-    )
-
-
-def _fail(folder: RunFolder, rank: int, e: UserError) -> int:
-    """Say what went wrong, once, and leave it in exit.json."""
-    record = {**e.as_dict(), "reason": e.what, "rank": rank, "attempt": folder.attempt}
-    # When another job holds the folder its exit.json is not ours to write.
-    if folder.path.is_dir() and "already in use" not in e.what:
-        write_json(folder.path / "exit.json", record)
-    if rank == 0 or not _agreed(e):
-        print(f"error (rank {rank}): {e.render()}", file=sys.stderr, flush=True)
-    return e.exit_code
-
-
-def _agreed(e: UserError) -> bool:
-    """Failures every rank raises alike, of which rank 0 alone need speak."""
-    return type(e).__name__ in ("StorageError", "NonFiniteError", "ConfigError", "VocabularyError")

@@ -1,24 +1,34 @@
 """Everything that spreads a model over a mesh, in one place and one fixed order.
 
-1. keep this rank's pipeline stage, 2. tensor parallel (DTensor), 3. ring attention over sp, 4. FSDP2 over
-dp and sp together (a ring rank sees other tokens, so it is a data rank to the parameters), 5. materialise
-and initialise. The model itself knows none of this.
+1. keep this rank's parts of the pipeline, 2. tensor parallel, 3. ring attention over sp, 4. recomputation, 5. FSDP2
+over dp and sp together (a ring rank sees other tokens, so it is a data rank to the parameters), 6. materialise and
+initialise. The model itself knows none of this.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ringweave.parallel.mesh import Mesh
 from ringweave.parallel.packed import PackedAttention
+from ringweave.parallel.schedules import check_shape, parts_of_rank, split_layers
+from ringweave.parallel.tensor import (
+    ColumnLinear,
+    HiddenStates,
+    RowLinear,
+    TensorGroup,
+    VocabEmbedding,
+    sum_gradients,
+)
 from ringweave.parallel.vocab import VocabParallelCrossEntropy
 from ringweave.pretrain.models.lwm import LWM, LWMShape, initial_value
+from ringweave.pretrain.recompute import recompute_activations
 
 # FSDP warns that in-place changes of a view it returns would lose its hooks; the model makes none.
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
@@ -36,68 +46,132 @@ def build_model(
     seed: int,
     rope_theta: float,
     precision: str = "fp32",
-    ring_layout: str = "zigzag",
     device: torch.device | None = None,
     unit: int = UNIT,
+    norms: str = "sequence",
+    recompute: str = "none",
+    transport: str = "ring",
 ) -> LWM:
-    """The model of this rank under `mesh` (None: one process, nothing applied), initialised from `seed`.
-
-    Parameters are kept in fp32 (fp64 for precision "fp64"); "bf16" computes in bf16 and reduces in fp32.
-    unit: parameters below which a stage is sharded as one unit instead of a unit a layer.
-    """
-    device = device or torch.device("cpu")
-    keep = torch.float64 if precision == "fp64" else torch.float32
-    with torch.device("meta"):
-        model = LWM(shape, rope_theta=rope_theta).to(keep)
-    if mesh is not None:
-        model.keep_stage(mesh.rank_on["pp"], mesh.sizes["pp"])
-        _tensor_parallel(model, mesh)
-        model.attention = PackedAttention(ring=mesh.ring, layout=ring_layout)
-        _shard(model, mesh, precision, unit)
-    model.to_empty(device=device)
-    initialise(model, seed=seed)
+    """The model of a rank that holds one part of it: `build_parts` with a part a pipeline rank."""
+    (model,) = build_parts(
+        shape, mesh, seed=seed, rope_theta=rope_theta, precision=precision, device=device, unit=unit,
+        norms=norms, recompute=recompute, transport=transport,
+    )  # fmt: skip
     return model
 
 
-def _tensor_parallel(model: LWM, mesh: Mesh) -> None:
-    """Column- and row-parallel linears, vocabulary-parallel embedding and head. Norms stay replicated."""
+def build_parts(
+    shape: LWMShape,
+    mesh: Mesh | None,
+    *,
+    seed: int,
+    rope_theta: float,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+    unit: int = UNIT,
+    norms: str = "sequence",
+    recompute: str = "none",
+    transport: str = "ring",
+    schedule: str = "1f1b",
+    virtual: int = 1,
+    split: Sequence[int] | None = None,
+) -> list[LWM]:
+    """This rank's parts of the model by depth, under `mesh` (None: one process, nothing applied), from `seed`.
+
+    Parameters are kept in fp32 (fp64 for precision "fp64"); "bf16" computes in bf16 and reduces in fp32.
+    unit: parameters below which a part is sharded as one unit instead of a unit a layer. norms: what tensor-parallel
+    ranks hold between blocks, "sequence" (a shard of the tokens) or "replicated". recompute: "none", "selective" or
+    "full", see `pretrain/recompute.py`. schedule, virtual, split: which parts, see `parallel/schedules.py`; with one
+    pipeline rank the whole model is one part whatever they say.
+    Raises ValueError when the layers cannot be split so.
+    """
+    device = device or torch.device("cpu")
+    keep = torch.float64 if precision == "fp64" else torch.float32
+    ranks = 1 if mesh is None else mesh.sizes["pp"]
+    mine, layers = [0], [range(shape.layers)]
+    if mesh is not None and ranks > 1:
+        check_shape(schedule, ranks, virtual, 1)
+        mine = parts_of_rank(schedule, ranks, virtual, mesh.rank_on["pp"])
+        layers = split_layers(shape.layers, ranks * virtual, split)
+    parts = []
+    for number in mine:
+        with torch.device("meta"):
+            part = LWM(shape, rope_theta=rope_theta).to(keep)
+        part.keep_part(layers[number], first=number == 0, last=number == len(layers) - 1)
+        if mesh is not None:
+            _tensor_parallel(part, mesh, norms)
+            part.attention = ring_attention_of(shape, mesh, transport)
+        recompute_activations(part, recompute)
+        if mesh is not None:
+            _shard(part, mesh, precision, unit)
+        part.to_empty(device=device)
+        initialise(part, seed=seed)
+        parts.append(part)
+    return parts
+
+
+def ring_attention_of(shape: LWMShape, mesh: Mesh, transport: str) -> PackedAttention:
+    """Attention over the mesh's ring; transport: see `plan_ring`, or "auto" to price it for each micro-batch."""
+    tp = mesh.sizes["tp"] * mesh.ulysses.size
+    heads = (shape.heads // tp, max(shape.kv_heads // tp, 1), shape.head_dim)
+    return PackedAttention(ring=mesh.ring, ulysses=mesh.ulysses, transport=transport, heads=heads)
+
+
+def _tensor_parallel(model: LWM, mesh: Mesh, norms: str = "replicated") -> None:
+    """Split matrices, embedding and head over tp, and put the collectives of `parallel/tensor.py` around them.
+
+    norms: "sequence" keeps a shard of the tokens between blocks, "replicated" all of them.
+    """
     if mesh.sizes["tp"] == 1:
         return
-    tp = mesh.device_mesh["tp"]
-    for layer in model.layers.values():
-        parallelize_module(
-            layer,
-            tp,
-            {
-                "attention.wq": ColwiseParallel(),
-                "attention.wk": ColwiseParallel(),
-                "attention.wv": ColwiseParallel(),
-                "attention.wo": RowwiseParallel(),
-                "mlp.gate": ColwiseParallel(),
-                "mlp.up": ColwiseParallel(),
-                "mlp.down": RowwiseParallel(),
-            },
+    tp = TensorGroup(mesh.group("tp"))
+    states = HiddenStates(tp, sharded=norms == "sequence")
+
+    def split(weight: nn.Parameter, dim: int) -> nn.Parameter:
+        return nn.Parameter(
+            distribute_tensor(weight, mesh.device_mesh["tp"], [Shard(dim)], src_data_rank=None)
         )
+
+    for layer in model.layers.values():
+        for block, columns, rows in (
+            (layer.attention, ("wq", "wk", "wv"), "wo"),
+            (layer.mlp, ("gate", "up"), "down"),
+        ):
+            for name in columns:
+                setattr(block, name, ColumnLinear(split(getattr(block, name).weight, 0)))
+            setattr(block, rows, RowLinear(split(getattr(block, rows).weight, 1), states.leave))
+        # Attention needs exactly the tokens of its rotary table; the feed-forward does not mind padding.
+        layer.attention.register_forward_pre_hook(
+            lambda module, args: (states.enter(args[0], args[1].cos.shape[0]), *args[1:])
+        )
+        layer.mlp.register_forward_pre_hook(lambda module, args: (states.enter(args[0]), *args[1:]))
     if model.embed is not None:
-        parallelize_module(model.embed, tp, RowwiseParallel(input_layouts=Replicate()))
+        model.embed = VocabEmbedding(split(model.embed.weight, 0), tp, states.leave)
     if model.head is not None:
-        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, tp, [Shard(0)]))
+        model.head.weight = split(model.head.weight, 0)
         model.head.cross_entropy = VocabParallelCrossEntropy(mesh.group("tp"))
+        model.head.register_forward_pre_hook(
+            lambda module, args: (states.whole(args[0], args[1].numel()), *args[1:])
+        )
+    if states.sharded:
+        model.hidden_shape = states.shape
+        model.after_backward = lambda: sum_gradients(  # by name: FSDP puts other parameters in place of these
+            (p for name, p in model.named_parameters() if name.endswith("norm.weight")), tp
+        )
 
 
 def _shard(model: LWM, mesh: Mesh, precision: str, unit: int) -> None:
-    """FSDP2 over the flattened dp·sp axis; gradients are summed, because losses are already divided globally."""
+    """FSDP2 (HSDP with copies) over dp·sp; gradients are summed, because losses are already divided globally."""
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    over = mesh.dp_sp
     # Pipeline stages run many micro-batches between optimizer steps: gathering once is cheaper than resharding.
     reshard = mesh.sizes["pp"] == 1
     parts: list[nn.Module] = []
     if sum(p.numel() for p in model.parameters()) >= unit:
         parts = [m for m in (model.embed, *model.layers.values(), model.head) if m is not None]
     for part in (*parts, model):
-        fully_shard(part, mesh=over, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(part, mesh=mesh.shards, mp_policy=policy, reshard_after_forward=reshard)
     for part in (*parts, model):
         assert isinstance(part, FSDPModule)
         part.set_gradient_divide_factor(1.0)

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ringweave.data_pipes.pack import Pack, PackPlan, packs_for_rank
 from ringweave.data_pipes.planner import PackPlanner
 from ringweave.data_pipes.stream import Documents, PackStream
+from ringweave.parallel import watch
 from ringweave.parallel.grad_norm import world_sum
 from ringweave.parallel.mesh import Mesh, describe_layout
-from ringweave.parallel.ring_plan import ring_slots
+from ringweave.parallel.ring_layout import RingLayout
 from ringweave.pretrain import checkpoint
 from ringweave.pretrain.batch import Batch, collate
-from ringweave.pretrain.config import RunConfig
+from ringweave.pretrain.config import RunConfig, Stage
 from ringweave.pretrain.engine import TorchEngine, make_adamw, world_loss
 from ringweave.pretrain.errors import NonFiniteError
 from ringweave.pretrain.models.lwm import LWMShape
-from ringweave.pretrain.parallelize import build_model
+from ringweave.pretrain.parallelize import build_parts
 from ringweave.pretrain.progress import Board, Clock, step_line
 from ringweave.pretrain.resume import check_resume
 from ringweave.pretrain.run_folder import RunFolder
@@ -56,7 +56,7 @@ class StageRun:
     mesh: Mesh
     engine: TorchEngine
     stream: PackStream
-    slots: NDArray[np.int64]
+    ring: RingLayout
     layout: dict[str, int] = field(default_factory=dict)
 
 
@@ -80,7 +80,7 @@ class Trainer:
         self.vocabulary_hash, self.allow_change, self.report = vocabulary_hash, allow_change, report
         self.shape = LWMShape(
             vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads, ffn=m.ffn,
-            norm_eps=m.norm_eps, head_chunk=m.head_chunk,
+            norm_eps=m.norm_eps, head_chunk=m.head_chunk, window=m.window, full_every=m.full_every,
         )  # fmt: skip
         self.cursor = Cursor()
         self.saved: checkpoint.Saved | None = None
@@ -152,23 +152,38 @@ class Trainer:
     def _open_stage(self, number: int) -> StageRun:
         """Build mesh, model, optimizer and stream of a stage, and load the newest checkpoint into them."""
         cfg, stage = self.config, self.config.stages[number]
+        watch.begin("start", step=self.cursor.step + 1)
         layout = self._layout(number)
-        mesh = Mesh.build(layout)
-        model = build_model(
+        mesh = Mesh.build(layout, replicate=stage.layout.replicate, ulysses=stage.layout.ulysses)
+        if cfg.engine.kind == "deepspeed":
+            from ringweave.pretrain.engine_deepspeed import deepspeed_engine
+
+            engine: TorchEngine = deepspeed_engine(cfg, stage, self.shape, mesh)
+        else:
+            engine = self._torch_engine(stage, mesh)
+        if self.saved is not None:
+            state = engine.tensors()
+            checkpoint.load(self.saved, state)
+            if hasattr(engine, "loaded"):  # its tensors are copies
+                engine.loaded(state)
+            engine.set_optimizer_step(self.cursor.step)
+        ring = RingLayout(layout["sp"], stage.layout.ring, width=self.shape.width, window=self.shape.window)
+        return StageRun(number, mesh, engine, self._stream(number), ring, layout)
+
+    def _torch_engine(self, stage: Stage, mesh: Mesh) -> TorchEngine:
+        cfg = self.config
+        parts = build_parts(
             self.shape, mesh, seed=cfg.run.seed, rope_theta=stage.rope_theta, precision=cfg.precision,
-            ring_layout=stage.layout.ring,
+            schedule=stage.layout.schedule, virtual=stage.layout.virtual, split=stage.layout.split,
+            norms=stage.layout.norms, recompute=stage.recompute, transport=stage.layout.transport,
         )  # fmt: skip
         o = cfg.optimizer
-        optimizer = make_adamw(model, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-        engine = TorchEngine(
-            model, mesh, micro_batch=stage.micro_batch, precision=cfg.precision, optimizer=optimizer,
+        optimizer = make_adamw(parts, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        return TorchEngine(
+            parts, mesh, micro_batch=stage.micro_batch, precision=cfg.precision, optimizer=optimizer,
             modality_weights=cfg.objective.modality_weights, normalize=cfg.objective.normalize,
+            schedule=stage.layout.schedule, split_backward=stage.recompute == "none",
         )  # fmt: skip
-        if self.saved is not None:
-            checkpoint.load(self.saved, engine.tensors())
-            engine.set_optimizer_step(self.cursor.step)
-        slots = ring_slots(stage.context, layout["sp"], layout=stage.layout.ring)[mesh.rank_on["sp"]]
-        return StageRun(number, mesh, engine, self._stream(number), slots, layout)
 
     def _stream(self, number: int) -> PackStream:
         """The stream at the cursor: fresh, restored, or restored and switched to this stage."""
@@ -200,6 +215,7 @@ class Trainer:
         )  # fmt: skip
         while self.cursor.stage == number:
             clock = Clock()
+            watch.begin("data", step=self.cursor.step + 1)
             plans, batch, state_after = self._next(run)
             clock.lap("data")
             record, stopping, due = self._step(run, batch, clock)
@@ -207,8 +223,10 @@ class Trainer:
             self._advance(stage.steps)
             ended = self.cursor.stage != number
             # Recorded before it is saved: a kill between the two repeats a step's record, never loses it.
+            watch.begin("record")
             self._record(record, plans, board, stopping or ended)
             if due or stopping or ended:
+                watch.begin("checkpoint")
                 self.save_seconds += self._save(run)
             if stopping and not (ended and self.cursor.stage == len(self.config.stages)):
                 return False
@@ -221,13 +239,18 @@ class Trainer:
         dp, rank = run.layout["dp"], run.mesh.rank_on["dp"]
         mine = packs_for_rank(0, stage.batch, rank, dp)
         packs: list[Pack] = [run.stream.materialise(drawn.plans[i]) for i in mine]
-        return drawn.plans, collate(packs, run.slots), drawn.state_after
+        batch = collate(
+            packs, ring=run.ring, rank=run.mesh.rank_on["sp"], prefix=self.config.model.attention == "prefix"
+        )
+        return drawn.plans, batch, drawn.state_after
 
     def _step(self, run: StageRun, batch: Batch, clock: Clock) -> tuple[dict[str, Any], bool, bool]:
         """One update. Gives the step's record, whether a stop was asked for, whether a checkpoint is due."""
         engine, o = run.engine, self.config.optimizer
+        watch.begin("compute")
         sums, counts = engine.forward_backward(batch)
         clock.lap("compute")
+        watch.begin("reduce")
         lead = run.layout["pp"] * run.layout["tp"] * run.layout["sp"]  # ranks that hold the same packs
         flags = [
             float(self.stop_signal > 0),
@@ -253,6 +276,7 @@ class Trainer:
                 why="a non-finite loss or gradient; no parameter was updated",
                 fix="lower optimizer.lr or raise optimizer.warmup, and resume from the last checkpoint",
             )
+        watch.begin("update")
         engine.clip(norm, o.clip)
         lr = learning_rate(
             self.cursor.step + 1, peak=o.lr, warmup=o.warmup, total=self.config.total_steps, schedule=o.schedule,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ from ringweave.data_pipes.pack import Pack, packs_for_rank
 from ringweave.data_pipes.planner import PackPlanner
 from ringweave.data_pipes.stream import PackStream
 from ringweave.parallel.grad_norm import world_sum
-from ringweave.parallel.mesh import Mesh, describe_layout
-from ringweave.parallel.ring_plan import ring_slots
+from ringweave.parallel.mesh import AXES, Mesh, describe_layout
+from ringweave.parallel.ring_layout import RingLayout
 from ringweave.parallel.spawn import run_ranks
 from ringweave.pretrain.batch import collate
 from ringweave.pretrain.checkpoint import checkpoint_name
 from ringweave.pretrain.config import RunConfig, config_from_dict
 from ringweave.pretrain.engine import TorchEngine, world_loss
 from ringweave.pretrain.models.lwm import LWM, LWMShape
-from ringweave.pretrain.parallelize import build_model
+from ringweave.pretrain.parallelize import build_model, build_parts
 from ringweave.pretrain.run_folder import RunFolder, read_events
 from ringweave.pretrain.synthetic import SyntheticCorpus
 from ringweave.pretrain.trainer import Trainer
@@ -106,7 +107,7 @@ def _reference(packs: list[Pack], precision: str) -> tuple[float, dict[str, torc
     """(loss, gradients, squared norm) of one process without any wrapper."""
     model = build_model(SHAPE, None, seed=1, rope_theta=1e4, precision=precision)
     engine = TorchEngine(model, None, micro_batch=1, precision=precision)
-    sums, counts = engine.forward_backward(collate(packs, np.arange(len(packs[0].ids))))
+    sums, counts = engine.forward_backward(collate(packs))
     return world_loss(sums, counts, {}, normalize="modality"), _gradients(model), float(engine.grad_squares())
 
 
@@ -118,7 +119,16 @@ def separate(packs: list[Pack]) -> list[Pack]:
             at = np.flatnonzero(pack.doc == number)
             fields = {
                 f: getattr(pack, f)[at].copy()
-                for f in ("ids", "order", "positions", "modality", "targets", "target_modality", "weights")
+                for f in (
+                    "ids",
+                    "order",
+                    "positions",
+                    "modality",
+                    "targets",
+                    "target_modality",
+                    "weights",
+                    "prefix",
+                )
             }
             alone.append(Pack(plan=pack.plan, doc=np.zeros(len(at), np.int32), **fields))
     return alone
@@ -130,7 +140,7 @@ def check_packing(precision: str) -> dict[str, Any]:
     loss, grads, _ = _reference(packs, precision)
     model = build_model(SHAPE, None, seed=1, rope_theta=1e4, precision=precision)
     engine = TorchEngine(model, None, micro_batch=1, precision=precision)
-    alone = [collate([p], np.arange(len(p.ids))) for p in separate(packs)]
+    alone = [collate([p]) for p in separate(packs)]
     counts = sum((b.counts for b in alone), np.zeros_like(alone[0].counts))
     sums = torch.zeros(len(counts), dtype=torch.float64)
     for batch in alone:
@@ -151,9 +161,9 @@ def check_isolation() -> dict[str, Any]:
     model = build_model(SHAPE, None, seed=1, rope_theta=1e4)
     losses = []
     for some in (packs, changed):
-        b = collate(some, np.arange(CONTEXT))
+        b = collate(some)
         with torch.no_grad():
-            losses.append(model(b.ids, order=b.order, documents=b.documents, targets=b.targets)[0].numpy())
+            losses.append(model(b.ids, **b.inputs())[0].numpy())
     others = packs[0].doc > 0
     differ = int((losses[0][others] != losses[1][others]).sum())
     moved = int((losses[0][at] != losses[1][at]).sum())
@@ -183,33 +193,47 @@ def _layout_worker(layouts: list[dict[str, int]], precision: str) -> list[dict[s
 
 
 def check_layout(
-    layout: dict[str, int],
+    layout: Mapping[str, Any],
     packs: list[Pack],
     reference: tuple[float, dict[str, torch.Tensor], float],
     precision: str,
 ) -> dict[str, Any]:
-    """Law 2 for one layout, on the running world: loss, every gradient and the gradient norm."""
+    """Law 2 for one layout, on the running world: loss, every gradient and the gradient norm.
+
+    layout: sizes by axis, and beside them `ring`, `transport`, `ulysses`, `replicate`, `norms`, `recompute`,
+    `schedule`, `virtual` and `split` as in a config's stage.
+    """
     loss, grads, squares = reference
-    mesh = Mesh.build(layout)
+    options = {key: value for key, value in layout.items() if key not in AXES}
+    named = " ".join([describe_layout(dict(layout)), *(f"{key} {value}" for key, value in options.items())])
+    mesh = Mesh.build(
+        {axis: layout[axis] for axis in AXES if axis in layout},
+        replicate=options.pop("replicate", 1),
+        ulysses=options.pop("ulysses", 1),
+    )
+    kind = options.pop("ring", "planned")
     # unit=1: a sharding unit a layer, as models of real size have (the trainer's runs here use one unit)
-    model = build_model(SHAPE, mesh, seed=1, rope_theta=1e4, precision=precision, unit=1)
-    engine = TorchEngine(model, mesh, micro_batch=1, precision=precision)
+    parts = build_parts(SHAPE, mesh, seed=1, rope_theta=1e4, precision=precision, unit=1, **options)
+    engine = TorchEngine(
+        parts, mesh, micro_batch=1, precision=precision, schedule=options.get("schedule", "1f1b"),
+        split_backward=options.get("recompute", "none") == "none",
+    )  # fmt: skip
     mine = packs_for_rank(0, len(packs), mesh.rank_on["dp"], mesh.sizes["dp"])
-    slots = ring_slots(len(packs[0].ids), mesh.sizes["sp"])[mesh.rank_on["sp"]]
-    sums, counts = engine.forward_backward(collate([packs[i] for i in mine], slots))
+    ring = RingLayout(mesh.sizes["sp"], kind, width=SHAPE.width)
+    sums, counts = engine.forward_backward(
+        collate([packs[i] for i in mine], ring=ring, rank=mesh.rank_on["sp"])
+    )
     ours = world_loss(world_sum(sums), counts, {}, normalize="modality")
     norm = float(world_sum(engine.grad_squares())) ** 0.5
     whole = {}
-    for name, p in model.named_parameters():
+    for name, p in chain.from_iterable(part.named_parameters() for part in parts):
         assert p.grad is not None
         whole[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).double()
     worst = torch.tensor(
         [_worst(whole, {k: grads[k] for k in whole}), abs(norm / squares**0.5 - 1)], dtype=torch.float64
     )
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    row = _row(
-        2, describe_layout(mesh.sizes), abs(ours - loss) / abs(loss), float(worst[0]), LOSS_BOUND, GRAD_BOUND
-    )
+    row = _row(2, named, abs(ours - loss) / abs(loss), float(worst[0]), LOSS_BOUND, GRAD_BOUND)
     row["rel_norm_diff"] = float(worst[1])
     row["holds"] = row["holds"] and row["rel_norm_diff"] <= GRAD_BOUND
     return row

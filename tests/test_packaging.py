@@ -176,6 +176,11 @@ def test_code_runs_no_shell_and_no_pickle() -> None:
                     continue
                 where = f"{path.relative_to(ROOT)}:{node.lineno}"
                 called = ast.unparse(node.func)
+                if called == "torch.load":  # only tensors and an allow-list: for DeepSpeed's own checkpoints
+                    assert any(
+                        k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords
+                    )
+                    continue
                 assert called not in ("eval", "exec", "os.system", "os.popen", "torch.load", "yaml.load"), (
                     where
                 )

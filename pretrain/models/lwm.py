@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,13 @@ class LWMShape:
     ffn: int
     norm_eps: float = 1e-6
     head_chunk: int = 512
+    window: int | None = None
+    full_every: int = 1
+
+    def layer_window(self, layer: int) -> int | None:
+        """The attention window of a layer: `window`, but none in every `full_every`-th layer."""
+        alternates = self.full_every > 1 and (layer + 1) % self.full_every == 0
+        return None if alternates else self.window
 
     @property
     def head_dim(self) -> int:
@@ -50,8 +58,10 @@ class LWMShape:
 class Attention(Protocol):
     """Attention over packs: a plan per micro-batch, then the same plan in every layer."""
 
-    def plan(self, documents: Tensor) -> Any:
-        """documents [B, L]: the document of each *global* slot of each pack; -1 is padding."""
+    def plan(self, documents: Tensor, owner: Tensor | None, prefix: Tensor | None, window: int | None) -> Any:
+        """The plan of these packs, all [B, L] over *global* slots: document (-1 is padding), ring rank (None: all
+        here), leading slots of the document that all of it sees (None: 0, causal). window: keys at this distance
+        or further are not seen."""
         ...
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
@@ -118,7 +128,11 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, ctx: LayerContext) -> Tensor:
         """x [B, l, width] -> [B, l, width]."""
         x = x + self.attention(self.attention_norm(x), ctx)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half without its residual: x [B, l, width] -> [B, l, width]."""
+        return self.mlp(self.mlp_norm(x))
 
 
 class LossHead(nn.Module):
@@ -130,67 +144,93 @@ class LossHead(nn.Module):
         self.chunk = shape.head_chunk
         self.cross_entropy: Callable[..., Tensor] = head_cross_entropy
 
-    def forward(self, hidden: Tensor, targets: Tensor | None) -> Tensor:
-        """hidden [B, l, width], targets [B, l] (-1: none) -> nll [B, l] nats; targets None -> logits [B, l, V]."""
+    def forward(self, hidden: Tensor, targets: Tensor | None, expected: Tensor | None = None) -> Tensor:
+        """hidden [B, l, width], targets [B, l] (-1: none) -> nll [B, l] nats; targets None -> logits [B, l, V].
+
+        expected [B, l]: the gradient that will come back for each nll, if known (see head_cross_entropy).
+        """
         if targets is None:
             return hidden @ self.weight.t()
-        flat = self.cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), chunk=self.chunk)
+        flat = self.cross_entropy(
+            hidden.flatten(0, 1), self.weight, targets.flatten(), chunk=self.chunk,
+            expected=None if expected is None else expected.flatten(),
+        )  # fmt: skip
         return flat.view(targets.shape)
 
 
+def _unsharded(rows: int, tokens: int, width: int) -> tuple[int, int, int]:
+    return rows, tokens, width
+
+
+def _nothing() -> None:
+    pass
+
+
 class LWM(nn.Module):
-    """The decoder, whole or one pipeline stage of it (parts of other stages are None)."""
+    """The decoder, whole or one part of it in a pipeline (what other parts hold is None)."""
 
     def __init__(self, shape: LWMShape, *, rope_theta: float = 1e4) -> None:
         super().__init__()
         self.shape = shape
         self.rope_theta = rope_theta
         self.attention: Attention = PackedAttention()
+        #: (packs, tokens of each, width) -> shape of the hidden states between blocks, and so between parts
+        self.hidden_shape: Callable[[int, int, int], tuple[int, int, int]] = _unsharded
+        #: what the gradients still need when a step's last backward is done
+        self.after_backward: Callable[[], None] = _nothing
         self.embed: nn.Embedding | None = nn.Embedding(shape.vocab, shape.width)
         self.layers = nn.ModuleDict({str(i): Layer(shape) for i in range(shape.layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.head: LossHead | None = LossHead(shape)
 
     def forward(
-        self, x: Tensor, *, order: Tensor, documents: Tensor, targets: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        order: Tensor,
+        documents: Tensor,
+        owner: Tensor | None = None,
+        prefix: Tensor | None = None,
+        targets: Tensor | None = None,
+        expected: Tensor | None = None,
     ) -> Tensor:
-        """One stage's pass.
+        """One part's pass.
 
-        x: ids [B, l] on the first stage, hidden states [B, l, width] on later ones; order [B, l]: position in the
-        document; documents [B, L]: document of each slot of the *whole* pack (l < L on a ring); targets [B, l].
-        Gives hidden states, or on the last stage what LossHead gives.
+        x: ids [B, l] on the first part, hidden states [B, l, width] on later ones; order [B, l]: position in the
+        document; documents, owner, prefix [B, L]: see `Attention.plan` (l < L on a ring); targets,
+        expected [B, l]: see `LossHead.forward`. Gives hidden states, or on the last part what LossHead gives.
         """
-        plan = self.attention.plan(documents)
+        plans = {
+            window: self.attention.plan(documents, owner, prefix, window)
+            for window in {self.shape.layer_window(int(name)) for name in self.layers}
+        }
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         cos, sin = rotary_table(order.flatten(), dim=self.shape.head_dim, theta=self.rope_theta, dtype=wide)
-        ctx = LayerContext(cos, sin, lambda q, k, v: self.attention(q, k, v, plan))
         h = self.embed(x) if self.embed is not None else x
-        for layer in self.layers.values():
-            h = layer(h, ctx)
+        for name, layer in self.layers.items():
+            attend = partial(self.attention, plan=plans[self.shape.layer_window(int(name))])
+            h = layer(h, LayerContext(cos, sin, attend))
         if self.head is None:
             return h
         assert self.norm is not None
-        return self.head(self.norm(h), targets)
+        return self.head(self.norm(h), targets, expected)
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def keep_stage(self, stage: int, stages: int) -> None:
-        """Drop what other pipeline stages hold. Layers are split evenly, the first stages taking the rest."""
-        mine = layers_of_stage(self.shape.layers, stage, stages)
+    def keep_part(self, layers: range, *, first: bool, last: bool) -> None:
+        """Drop all but these layers, the embedding (kept by the first part) and norm and head (by the last).
+
+        What stays keeps its names, so a parameter is called the same on every layout.
+        """
         for i in range(self.shape.layers):
-            if i not in mine:
+            if i not in layers:
                 del self.layers[str(i)]
-        if stage > 0:
+        if not first:
             self.embed = None
-        if stage < stages - 1:
+        if not last:
             self.norm = self.head = None
-
-
-def layers_of_stage(layers: int, stage: int, stages: int) -> range:
-    """Layers of one pipeline stage."""
-    return range(layers * stage // stages, layers * (stage + 1) // stages)
 
 
 def initial_value(name: str, size: tuple[int, ...], *, seed: int, layers: int) -> Tensor:

@@ -25,7 +25,7 @@ def _inputs(
 @pytest.mark.parametrize(("lq", "lk", "causal"), CASES)
 def test_block_equals_sdpa_and_logsumexp(lq: int, lk: int, causal: bool, backend: str) -> None:
     q, k, v = _inputs(lq, lk)
-    out, lse = block_forward(q, k, v, causal=causal, scale=0.3, backend=backend)
+    out, lse = block_forward(q, k, v, upper=0 if causal else None, scale=0.3, backend=backend)
     kk, vv = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
     want = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), kk, vv, is_causal=causal, scale=0.3
@@ -46,32 +46,53 @@ def test_block_gradients_equal_autograd(lq: int, lk: int, causal: bool, backend:
     dout = torch.randn_like(want)
     grads = torch.autograd.grad(want, (q, k, v), dout)
     with torch.no_grad():
-        out, lse = block_forward(q, k, v, causal=causal, scale=0.3, backend=backend)
-        ours = block_backward(dout, q, k, v, out, lse, causal=causal, scale=0.3, backend=backend)
+        out, lse = block_forward(q, k, v, upper=0 if causal else None, scale=0.3, backend=backend)
+        ours = block_backward(
+            dout, q, k, v, out, lse, upper=0 if causal else None, scale=0.3, backend=backend
+        )
     for a, b in zip(ours, grads, strict=True):
         assert (a - b).abs().max() < 1e-12
 
 
 def test_reference_takes_value_dim_other_than_head_dim() -> None:
     q, k, v = _inputs(5, 9, dim=8, value=3)
-    out, _ = block_forward(q, k, v, causal=False, scale=0.5, backend="reference")
+    out, _ = block_forward(q, k, v, scale=0.5, backend="reference")
     want = dense_reference(q, k, v, allowed=torch.ones(5, 9).bool(), scale=0.5)
     assert (out - want).abs().max() < 1e-12
 
 
-def test_causal_block_must_be_square() -> None:
-    q, k, v = _inputs(5, 9)
-    with pytest.raises(ValueError, match="5 queries and 9 keys"):
-        block_forward(q, k, v, causal=True, scale=1.0, backend="reference")
+@pytest.mark.parametrize("backend", ["reference", "aten_cpu"])
+@pytest.mark.parametrize(
+    "band", [(None, 2), (-3, None), (-3, 2), (-2, 0), (None, -4), (9, None), (-600, -300)]
+)
+def test_bands_equal_the_dense_mask_with_empty_rows(band, backend: str) -> None:
+    """A7: a row that sees no key gives 0 and -inf, and no gradient."""
+    lq, lk = (700, 400) if band == (-600, -300) else (13, 11)
+    q, k, v = (x.requires_grad_() for x in _inputs(lq, lk, value=5))
+    lower, upper = band
+    ahead = torch.arange(lk)[None] - torch.arange(lq)[:, None]
+    allowed = (ahead >= (-(10**9) if lower is None else lower)) & (
+        ahead <= (10**9 if upper is None else upper)
+    )
+    want = dense_reference(q, k, v, allowed=allowed, scale=0.3)
+    dout = torch.randn_like(want)
+    grads = torch.autograd.grad(want, (q, k, v), dout)
+    with torch.no_grad():
+        out, lse = block_forward(q, k, v, lower=lower, upper=upper, scale=0.3, backend=backend)
+        ours = block_backward(dout, q, k, v, out, lse, lower=lower, upper=upper, scale=0.3, backend=backend)
+    assert (out - want).abs().max() < 1e-12
+    assert torch.equal(torch.isneginf(lse).all(1), ~allowed.any(1))
+    for a, b in zip(ours, grads, strict=True):
+        assert (a - b).abs().max() < 1e-11
 
 
 def test_merge_of_pieces_equals_whole_and_survives_rows_without_keys() -> None:
     q, k, v = _inputs(6, 12)
-    whole, whole_lse = block_forward(q, k, v, causal=False, scale=0.3, backend="reference")
+    whole, whole_lse = block_forward(q, k, v, scale=0.3, backend="reference")
     out = torch.zeros_like(whole)
     lse = torch.full((6, 4), float("-inf"), dtype=torch.float64)
     for a, b in ((0, 5), (5, 6), (6, 12)):
-        merge_(out, lse, *block_forward(q, k[a:b], v[a:b], causal=False, scale=0.3, backend="reference"))
+        merge_(out, lse, *block_forward(q, k[a:b], v[a:b], scale=0.3, backend="reference"))
     assert (out - whole).abs().max() < 1e-12
     assert (lse - whole_lse).abs().max() < 1e-12
     empty, none = torch.zeros(2, 4, 8), torch.full((2, 4), float("-inf"))

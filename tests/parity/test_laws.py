@@ -71,7 +71,9 @@ def test_a_leak_between_documents_would_be_seen(monkeypatch: pytest.MonkeyPatch)
 
     real = PackedAttention.plan
     monkeypatch.setattr(
-        PackedAttention, "plan", lambda self, documents: real(self, torch.zeros_like(documents))
+        PackedAttention,
+        "plan",
+        lambda self, documents, *others: real(self, torch.zeros_like(documents), *others),
     )
     assert not verify.check_packing("fp64")["holds"]
     assert not verify.check_isolation()["holds"]
@@ -196,7 +198,7 @@ def test_sharding_units_do_not_change_the_gradients(unit: int) -> None:
 
 
 def _with_unit(unit: int) -> dict[str, Any]:
-    real = verify.build_model
-    verify.build_model = lambda *args, **kw: real(*args, **{**kw, **({"unit": unit} if args[1] else {})})
+    real = verify.build_parts
+    verify.build_parts = lambda *args, **kw: real(*args, **{**kw, "unit": unit})
     packs = verify.make_packs()
     return verify.check_layout({"dp": 2}, packs, verify._reference(packs, "fp32"), "fp32")
