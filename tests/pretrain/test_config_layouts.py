@@ -63,7 +63,7 @@ CASES = [
     (
         "micro-batches", {"pp": 4, "dp": 2}, {"batch": 4}, 8,
         "micro-batches per rank = batch / dp / micro_batch = 2 is less than pp = 4",
-        "dp2·pp2·tp2, dp2·pp2·sp2",
+        "pp4·tp2, pp4·sp2",
     ),
     ("context", {"sp": 4}, {"context": 6}, 4, "context = 6 is less than 2·sp = 8", "dp2·sp2, pp2·sp2, tp2·sp2"),
     (
@@ -140,7 +140,8 @@ def asked(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     values = with_stage(layout, batch=batch, micro_batch=micro, context=draw(st.integers(2, 40)))
     layers = draw(st.integers(2, 8))
     values["model"] = {
-        "layers": layers, "width": 16 * heads, "heads": heads, "kv_heads": kv_heads, "ffn": draw(st.sampled_from([48, 64])),
+        "layers": layers, "width": 16 * heads, "heads": heads, "kv_heads": kv_heads,
+        "ffn": draw(st.sampled_from([48, 64])),
     }  # fmt: skip
     values["engine"] = {"kind": draw(st.sampled_from(["torch", "torch", "deepspeed"]))}
     return values, draw(st.sampled_from([1, 2, 3, 4, 5, 6, 8, 12, 16, 24]))
