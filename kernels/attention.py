@@ -15,7 +15,13 @@ backend is ever handed a mask tensor.
 Rows and keys outside the band are cut away here, once for all backends: a backend gets a block in which
 every row sees a key and every key is seen, and whatever its own convention for an empty row is (0, +inf or
 -inf, they differ), it never shows. Backends live in `attention_<name>.py` and are imported on first use, so
-importing this file needs neither Triton nor a GPU.
+importing this file needs neither Triton nor a GPU:
+
+    reference    plain maths; any device and dtype, the whole score matrix at once
+    aten_cpu     PyTorch's CPU flash kernel; the default on CPU
+    sdpa         what PyTorch ships for any device; the CUDA flash kernels in half precision
+    triton       our own kernels; the default on CUDA
+    flash_attn   the flash-attn package, if it is installed
 """
 
 from __future__ import annotations
@@ -72,7 +78,7 @@ def default_backend(device: torch.device) -> str:
 
 def available_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of the backends that can run blocks of `dtype` on `device`, in the order of BACKENDS."""
-    return [name for name in BACKENDS if _load(name).unavailable(device, dtype) is None]
+    return [name for name in BACKENDS if why_unavailable(name, device, dtype) is None]
 
 
 def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,7 +86,10 @@ def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
     Raises ValueError for a name that is no backend.
     """
-    return _load(backend).unavailable(device, dtype)
+    module = _load(backend)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return module.unavailable(device, dtype)
 
 
 def block_forward(
@@ -202,12 +211,13 @@ def _load(backend: str) -> _Backend:
 
 @lru_cache(maxsize=64)
 def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> _Backend:
-    module = _load(backend)
-    reason = module.unavailable(device, dtype)
+    reason = why_unavailable(backend, device, dtype)
     if reason is not None:
-        others = ", ".join(available_backends(device, dtype))
-        raise RuntimeError(f"attention backend {backend!r} cannot run here: {reason}; these can: {others}")
-    return module
+        others = ", ".join(available_backends(device, dtype)) or "none"
+        raise RuntimeError(
+            f"attention backend {backend!r} cannot run here: {reason}; those that can: {others}"
+        )
+    return _load(backend)
 
 
 def _lengths(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:

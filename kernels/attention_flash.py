@@ -1,4 +1,4 @@
-"""Block attention by the flash-attn package (FlashAttention-2, Dao 2023), where it is installed.
+"""Block attention by release 2 of the flash-attn package (Dao 2023), where it is installed.
 
 Bands go to the kernel as its window, nothing is cut or merged. Its LSE of an empty row is +inf; blocks come
 here trimmed, so no row is empty. D != Dv is padded with zero channels; dlse takes two more channels
@@ -110,11 +110,13 @@ def _kernel(name: str) -> Any:
 
 
 def _call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call a kernel; releases before 2.7 name the two sides of the window in one argument."""
-    kernel = _kernel(name)
-    if "window_size" in _parameters(name):
+    """Call a kernel; releases before 2.7 have the window in one argument, those before 2.6 no softcap."""
+    known = _parameters(name)
+    if "window_size" in known:
         kwargs["window_size"] = (kwargs.pop("window_size_left"), kwargs.pop("window_size_right"))
-    return kernel(*args, **kwargs)
+    if "softcap" not in known:
+        del kwargs["softcap"]
+    return _kernel(name)(*args, **kwargs)
 
 
 @cache

@@ -18,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ringweave.kernels.attention_band import band_allowed, expand_heads
 
-_SCORES = 1 << 22  # scores held at once by the plain maths, over all heads
+_SCORES = 1 << 20  # scores held at once by the plain maths, over all heads
 _WIDEST = 256  # channels of a head in the flash kernels
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,7 +129,7 @@ def _flash_forward(
         *_batched(width, q, k, v), None, None, q.shape[0], k.shape[0], 0.0, False, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return out[0, ..., : v.shape[2]], lse[0].t()
+    return out[0, ..., : v.shape[2]], lse[0, :, : q.shape[0]].t()
 
 
 def _flash_backward(
@@ -183,9 +183,8 @@ def with_dlse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _batched(width: int, *tensors: Tensor) -> list[Tensor]:
-    """Each [L, H, d] as [1, L, H, width] with adjacent channels, zeros beyond d."""
-    return [pad(x, (0, width - x.shape[2])).contiguous()[None] if x.shape[2] != width or x.stride(-1) != 1 else x[None]
-            for x in tensors]  # fmt: skip
+    """Each [L, H, d] as a contiguous [1, L, H, width], zeros beyond d."""
+    return [pad(x, (0, width - x.shape[2])).contiguous()[None] for x in tensors]
 
 
 def _rounded(width: int) -> int:

@@ -1,15 +1,16 @@
 """Block attention by our own Triton kernels (`attention_triton_kernels.py`): bands, grouped heads, D != Dv.
 
-Runs on CUDA in fp32, bf16 and fp16; products of halves accumulate in fp32, fp32 is multiplied as fp32 (not
-TF32). On CPU it runs where Triton interprets (TRITON_INTERPRET=1 before Triton is first imported): slow, for
-checking the kernels without a GPU. Tile sizes are chosen by hand: autotuning needs a driver, and would time
-every new shape of block.
+Runs on CUDA in fp32, bf16 and fp16. Products of halves accumulate in fp32; fp32 is multiplied in three TF32
+products, which keep nearly all of its digits. On CPU it runs where Triton interprets (TRITON_INTERPRET=1 before
+Triton is first imported): slow, for checking the kernels without a GPU. Tile sizes are chosen by hand:
+autotuning needs a driver, and would time every new shape of block.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +29,19 @@ class _Tiles(NamedTuple):
     n: int
     warps: int
     stages: int
+
+
+# Of (kernel, bytes of an element): for heads of up to 64, 128 and 256 channels. The loop inside streams the
+# smaller side.
+_TILES = {
+    ("forward", 2): (_Tiles(128, 64, 4, 3), _Tiles(128, 64, 8, 3), _Tiles(64, 32, 4, 2)),
+    ("dq", 2): (_Tiles(128, 64, 8, 2), _Tiles(128, 64, 8, 2), _Tiles(64, 32, 4, 2)),
+    ("dkv", 2): (_Tiles(32, 128, 8, 3), _Tiles(32, 128, 8, 3), _Tiles(32, 64, 8, 2)),
+    ("forward", 4): (_Tiles(64, 32, 4, 2), _Tiles(32, 32, 4, 2), _Tiles(16, 16, 4, 1)),
+    ("dq", 4): (_Tiles(64, 32, 4, 2), _Tiles(32, 32, 4, 2), _Tiles(16, 16, 4, 1)),
+    ("dkv", 4): (_Tiles(32, 64, 4, 2), _Tiles(32, 32, 4, 2), _Tiles(16, 16, 4, 1)),
+}
+_ROOMY = 160 * 1024  # bytes of shared memory of a block from which on (A100, H100) loads can run ahead
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -118,19 +132,14 @@ def _interpreted() -> bool:
 
 
 def _tiles(dim: int, value: int, dtype: torch.dtype, *, kind: str) -> _Tiles:
+    """Tile sizes of kernel `kind` (forward, dq, dkv), such that its registers hardly spill on compute 9.0."""
     width = max(_channels(dim), _channels(value))
     if width > _WIDEST:
         raise ValueError(f"the Triton kernels take heads of up to {_WIDEST} channels, got {max(dim, value)}")
     if _interpreted():
         return _Tiles(32, 64, 1, 1) if kind == "dkv" else _Tiles(64, 32, 1, 1)
-    if dtype == torch.float32:  # no tensor cores: the products live in registers
-        return _Tiles(32, 32, 4, 1) if width > 64 else _Tiles(64, 32, 4, 2)
-    if width > 128:
-        return {"forward": _Tiles(64, 32, 4, 2), "dq": _Tiles(64, 32, 8, 1)}.get(kind, _Tiles(32, 64, 8, 1))
-    if kind == "forward":
-        return _Tiles(128, 64, 8 if width > 64 else 4, 3)
-    # The inner loop streams the smaller side, as in Triton's own tutorial 06.
-    return _Tiles(128, 32, 4, 3) if kind == "dq" else _Tiles(32, 128, 4, 3)
+    by_width = _TILES[kind, dtype.itemsize]
+    return by_width[0 if width <= 64 else 1 if width <= 128 else 2]
 
 
 def _constants(
@@ -151,8 +160,13 @@ def _constants(
         "UPCAST": interpreted and q.dtype != torch.float32,
     }
     if not interpreted:
-        constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages if _roomy(q.device) else 1}
     return constants
+
+
+@cache
+def _roomy(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _ROOMY
 
 
 def _channels(width: int) -> int:

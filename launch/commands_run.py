@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
     app.command("launch", epilog="Example: ringweave launch run.yaml --to slurm --nodes 2 --script job.sh")(
         launch
     )
-    app.command("verify", epilog="Example: ringweave verify --quick")(verify)
+    app.command("verify", epilog="Example: ringweave verify parallel --world 4 --json")(verify)
     app.command("eval", epilog="Example: ringweave eval runs/demo")(evaluate)
     app.command("export", epilog="Example: ringweave export runs/demo --out runs/demo/export")(export)
     app.command("sample", epilog="Example: ringweave sample runs/demo --modality image")(sample)
@@ -176,14 +176,25 @@ def launch(
 
 
 def verify(
+    what: Annotated[
+        str, typer.Argument(help="`laws`, or `parallel`: every layout of so many processes for two models.")
+    ] = "laws",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layouts and cases.")] = False,
     world: Annotated[int, typer.Option(min=1, help="Processes to check layouts with.")] = 4,
     as_json: JsonOption = False,
 ) -> None:
     """Prove on this machine that packed = separate, any layout = one process, and resumed = never stopped."""
+    if what not in ("laws", "parallel"):
+        raise ConfigError(
+            f"there is nothing to verify called {what!r}",
+            where="verify",
+            fix="name laws or parallel, or nothing",
+        )
+    printer = Output(as_json)
+    if what == "parallel":
+        _verify_parallel(printer, world=started_world(os.environ) or world)
     from ringweave.pretrain.verify import run
 
-    printer = Output(as_json)
     with Progress() as progress:
         result = run(quick=quick, world=world, progress=progress)
     printer.table(
@@ -193,6 +204,32 @@ def verify(
     )
     printer.say("all laws hold" if result["holds"] else "a law is broken: see the rows that do not hold")
     printer.result(result)
+    raise typer.Exit(0 if result["holds"] else 1)
+
+
+def _verify_parallel(printer: Output, *, world: int) -> None:
+    """The matrix; under a launcher rank 0 speaks."""
+    from ringweave.pretrain.verify_parallel import run
+
+    with Progress() as progress:
+        result = run(world=world, progress=progress)
+    if os.environ.get("RANK", "0") == "0":
+        printer.table(
+            f"ringweave verify parallel, {result['world']} processes",
+            ("model", "layout", "loss", "gradients", "norm", "seconds", "holds"),
+            [
+                [
+                    r["model"], r["layout"], _short(r["max_rel_loss_diff"]), _short(r["max_rel_grad_diff"]),
+                    _short(r["rel_norm_diff"]), str(r["seconds"]), "yes" if r["holds"] else "NO",
+                ]
+                for r in result["rows"]
+            ],
+        )  # fmt: skip
+        printer.say(
+            f"{sum(r['holds'] for r in result['rows'])} of {len(result['rows'])} layouts give one process's loss to "
+            f"{result['bounds']['loss']:.0e} and gradients to {result['bounds']['gradient']:.0e}"
+        )
+        printer.result(result)
     raise typer.Exit(0 if result["holds"] else 1)
 
 

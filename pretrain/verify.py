@@ -103,11 +103,13 @@ def _gradients(model: LWM) -> dict[str, torch.Tensor]:
     return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def _reference(packs: list[Pack], precision: str) -> tuple[float, dict[str, torch.Tensor], float]:
+def _reference(
+    packs: list[Pack], precision: str, *, prefix: bool = False
+) -> tuple[float, dict[str, torch.Tensor], float]:
     """(loss, gradients, squared norm) of one process without any wrapper."""
     model = build_model(SHAPE, None, seed=1, rope_theta=1e4, precision=precision)
     engine = TorchEngine(model, None, micro_batch=1, precision=precision)
-    sums, counts = engine.forward_backward(collate(packs))
+    sums, counts = engine.forward_backward(collate(packs, prefix=prefix))
     return world_loss(sums, counts, {}, normalize="modality"), _gradients(model), float(engine.grad_squares())
 
 
@@ -201,34 +203,35 @@ def check_layout(
     """Law 2 for one layout, on the running world: loss, every gradient and the gradient norm.
 
     layout: sizes by axis, and beside them `ring`, `transport`, `ulysses`, `replicate`, `norms`, `recompute`,
-    `schedule`, `virtual` and `split` as in a config's stage.
+    `schedule`, `virtual` and `split` as in a config's stage; `mask` "bidirectional" for packs whose prefixes count;
+    `engine` "zero1", "zero2" or "zero3" for DeepSpeed.
     """
     loss, grads, squares = reference
     options = {key: value for key, value in layout.items() if key not in AXES}
-    named = " ".join([describe_layout(dict(layout)), *(f"{key} {value}" for key, value in options.items())])
+    named = " ".join(
+        [
+            describe_layout(dict(layout)),
+            *(f"{key} {value}" for key, value in options.items() if key != "mask"),
+        ]
+    )
+    kind, mask = options.pop("ring", "planned"), options.pop("mask", "causal")
     mesh = Mesh.build(
         {axis: layout[axis] for axis in AXES if axis in layout},
         replicate=options.pop("replicate", 1),
         ulysses=options.pop("ulysses", 1),
     )
-    kind = options.pop("ring", "planned")
-    # unit=1: a sharding unit a layer, as models of real size have (the trainer's runs here use one unit)
-    parts = build_parts(SHAPE, mesh, seed=1, rope_theta=1e4, precision=precision, unit=1, **options)
-    engine = TorchEngine(
-        parts, mesh, micro_batch=1, precision=precision, schedule=options.get("schedule", "1f1b"),
-        split_backward=options.get("recompute", "none") == "none",
-    )  # fmt: skip
+    engine = _engine(mesh, precision, **options)
     mine = packs_for_rank(0, len(packs), mesh.rank_on["dp"], mesh.sizes["dp"])
     ring = RingLayout(mesh.sizes["sp"], kind, width=SHAPE.width)
     sums, counts = engine.forward_backward(
-        collate([packs[i] for i in mine], ring=ring, rank=mesh.rank_on["sp"])
+        collate([packs[i] for i in mine], ring=ring, rank=mesh.rank_on["sp"], prefix=mask == "bidirectional")
     )
     ours = world_loss(world_sum(sums), counts, {}, normalize="modality")
     norm = float(world_sum(engine.grad_squares())) ** 0.5
-    whole = {}
-    for name, p in chain.from_iterable(part.named_parameters() for part in parts):
-        assert p.grad is not None
-        whole[name] = (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).double()
+    whole = {
+        name: (g.full_tensor() if isinstance(g, DTensor) else g).double()
+        for name, g in _live_gradients(engine).items()
+    }
     worst = torch.tensor(
         [_worst(whole, {k: grads[k] for k in whole}), abs(norm / squares**0.5 - 1)], dtype=torch.float64
     )
@@ -237,6 +240,36 @@ def check_layout(
     row["rel_norm_diff"] = float(worst[1])
     row["holds"] = row["holds"] and row["rel_norm_diff"] <= GRAD_BOUND
     return row
+
+
+def _engine(mesh: Mesh, precision: str, *, engine: str = "torch", **options: Any) -> TorchEngine:
+    if engine.startswith("zero"):
+        from ringweave.pretrain.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(
+            SHAPE,
+            mesh,
+            seed=1,
+            rope_theta=1e4,
+            micro_batch=1,
+            zero=int(engine[4:]),
+            precision=precision,
+            **options,
+        )
+    # unit=1: a sharding unit a layer, as models of real size have (the trainer's runs here use one unit)
+    parts = build_parts(SHAPE, mesh, seed=1, rope_theta=1e4, precision=precision, unit=1, **options)
+    return TorchEngine(
+        parts, mesh, micro_batch=1, precision=precision, schedule=options.get("schedule", "1f1b"),
+        split_backward=options.get("recompute", "none") == "none",
+    )  # fmt: skip
+
+
+def _live_gradients(engine: TorchEngine) -> dict[str, torch.Tensor]:
+    """Gradients by name, sharded ones as DTensors."""
+    if hasattr(engine, "gradients"):
+        return dict(engine.gradients())
+    named = chain.from_iterable(part.named_parameters() for part in engine.parts)
+    return {name: p.grad for name, p in named if p.grad is not None}
 
 
 # --- law 3 -----------------------------------------------------------------------------------------------

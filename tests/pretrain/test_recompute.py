@@ -41,12 +41,15 @@ def _gradients(layout: dict[str, Any], how: str) -> tuple[dict[str, Tensor], dic
     norms = layout.get("norms", "sequence")
     model = build_model(verify.SHAPE, mesh, seed=1, rope_theta=1e4, unit=1, norms=norms, recompute=how)
     engine = TorchEngine(model, mesh, micro_batch=1, split_backward=how == "none")
-    packs = verify.make_packs(4)
+    packs = verify.make_packs(2)
     mine = packs_for_rank(0, len(packs), mesh.rank_on["dp"], mesh.sizes["dp"])
     batch = collate([packs[i] for i in mine], ring=RingLayout(mesh.sizes["sp"]), rank=mesh.rank_on["sp"])
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         engine.forward_backward(batch)
-    calls = Counter(e.name for e in seen.events() if e.name.startswith("gloo:"))
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    names = (e.name() for e in seen.profiler.kineto_results.events())  # `seen.events()` builds a tree, slowly
+    calls = Counter(name for name in names if name.startswith("gloo:"))
     grads = {}
     for name, p in model.named_parameters():
         assert p.grad is not None
@@ -74,6 +77,7 @@ def seen() -> list[list[dict[str, Any]]]:
     return run_ranks(4, _worker, timeout=400)
 
 
+@pytest.mark.slow
 def test_no_collective_and_no_message_is_replayed_in_the_recomputation(
     seen: list[list[dict[str, Any]]],
 ) -> None:
@@ -89,6 +93,7 @@ def test_no_collective_and_no_message_is_replayed_in_the_recomputation(
         assert sum(pipeline.get(name, 0) for name in ("gloo:send", "gloo:recv")) > 0
 
 
+@pytest.mark.slow
 def test_gradients_are_bit_equal_to_those_without_recomputation(seen: list[list[dict[str, Any]]]) -> None:
     for rank in seen:
         for row in rank:

@@ -258,6 +258,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(4, _worker, str(tmp_path_factory.mktemp("sharding")), timeout=500)
 
 
+@pytest.mark.slow
 def test_losses_are_divided_by_global_counts_and_gradients_summed_whatever_the_copies(
     seen: list[dict[str, Any]],
 ) -> None:
@@ -267,6 +268,7 @@ def test_losses_are_divided_by_global_counts_and_gradients_summed_whatever_the_c
         assert row["holds"], row
 
 
+@pytest.mark.slow
 def test_loss_and_norm_are_equal_for_rings_of_1_2_and_4(seen: list[dict[str, Any]]) -> None:
     rows = {r["layout"]: r for r in seen[0]["parity"]}
     for name in ("dp4", "dp2·sp2", "sp4"):
@@ -275,12 +277,14 @@ def test_loss_and_norm_are_equal_for_rings_of_1_2_and_4(seen: list[dict[str, Any
     assert max(seen[0]["tokens"]) <= 1e-5, "the loss of some token depends on the ring"
 
 
+@pytest.mark.slow
 def test_a_rank_without_targets_changes_nothing(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["silent"]["finite"]
         assert rank["silent"]["update"] <= 1e-4, rank["silent"]  # of updates, differences of parameters
 
 
+@pytest.mark.slow
 def test_bf16_gathers_bf16_and_reduces_fp32_over_shards_and_copies(seen: list[dict[str, Any]]) -> None:
     rows = seen[0]["bf16"]["rows"]
     for row in rows:
@@ -293,6 +297,7 @@ def test_bf16_gathers_bf16_and_reduces_fp32_over_shards_and_copies(seen: list[di
     assert seen[0]["bf16"]["apart"] <= 1e-5, "copies changed the gradients"
 
 
+@pytest.mark.slow
 def test_parameters_moments_and_step_are_bit_equal_on_every_layout_that_loads_them(
     seen: list[dict[str, Any]],
 ) -> None:
@@ -306,6 +311,7 @@ def test_parameters_moments_and_step_are_bit_equal_on_every_layout_that_loads_th
             assert row["equal"], row
 
 
+@pytest.mark.slow
 def test_a_run_moved_from_copies_to_tensor_shards_keeps_loss_norm_and_learning_rate(
     seen: list[dict[str, Any]],
 ) -> None:
