@@ -140,7 +140,7 @@ def price_transports(
     token = int(pieces.lengths.max())
     hop = token * kv / link.bandwidth + link.latency
     remote = price_pieces(pieces, width=1, window=window).remote
-    needed = remote * kv / link.bandwidth / max(ring - 1, 1) + link.latency
+    needed = np.where(remote > 0, remote * kv / link.bandwidth / max(ring - 1, 1) + link.latency, 0.0)
     whole = float(areas.sum(1).max()) * 4 * head_dim * heads / link.flops
     moves = (ring - 1) * token
     found = [
