@@ -49,7 +49,7 @@ def evaluate_run(
     sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
     counts = np.zeros(len(MODALITIES))
     for plan in plans:
-        batch = collate([stream.materialise(plan)])
+        batch = collate([stream.materialise(plan)], prefix=config.model.attention == "prefix")
         nll = model(batch.ids, **batch.inputs())
         sums += term_sums(nll, torch.from_numpy(batch.weights), torch.from_numpy(batch.modality))
         counts += batch.counts

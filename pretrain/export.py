@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringweave.pretrain import checkpoint
 from ringweave.pretrain.config import RunConfig, config_from_dict
-from ringweave.pretrain.errors import StorageError
+from ringweave.pretrain.errors import ConfigError, StorageError
 from ringweave.pretrain.models.lwm import LWM, LWMShape
 from ringweave.pretrain.parallelize import build_model
 from ringweave.pretrain.run_folder import write_json
@@ -62,18 +62,33 @@ def llama_name(name: str) -> str:
 
 
 def write_llama(model: LWM, out: Path, *, context: int = 4096) -> Any:
-    """Write `model.safetensors`, `config.json` and `generation_config.json`; gives the LlamaConfig."""
-    from transformers import LlamaConfig
+    """Write `model.safetensors`, `config.json` and `generation_config.json`; gives the config.
+
+    A model with a window in every layer is a Mistral, which is a Llama with one. Raises ConfigError where some layers
+    have the window and others not: no stock class of this family can say that.
+    """
+    from transformers import LlamaConfig, MistralConfig
 
     from ringweave.tokenizers.manifest import BOS, EOS, PAD
 
     s = model.shape
-    config = LlamaConfig(
+    if s.window is not None and s.full_every > 1:
+        raise ConfigError(
+            "the model cannot be exported",
+            where="model.full_every",
+            why="a window in some layers only has no stock class with Llama's weights",
+            fix="train with full_every: 1, or load the checkpoint with ringweave",
+        )
+    kind = "Llama" if s.window is None else "Mistral"
+    extra: dict[str, Any] = {"attention_bias": False}
+    if s.window is not None:
+        extra = {"sliding_window": s.window, "head_dim": s.head_dim}
+    config = (LlamaConfig if s.window is None else MistralConfig)(
         vocab_size=s.vocab, hidden_size=s.width, intermediate_size=s.ffn, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, rms_norm_eps=s.norm_eps,
         max_position_embeddings=context, rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, attention_bias=False,
-        architectures=["LlamaForCausalLM"], dtype="float32",
+        tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, **extra,
+        architectures=[f"{kind}ForCausalLM"], dtype="float32",
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {llama_name(n): p.detach().contiguous() for n, p in model.named_parameters()}
@@ -103,6 +118,13 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
     The folder appears whole, by a rename, after transformers has loaded it and agreed on the logits.
     """
     model, saved, config = load_run(run_dir, step=step)
+    if config.model.attention == "prefix":
+        raise ConfigError(
+            "the model cannot be exported",
+            where="model.attention",
+            why="prefix attention over leading conditions has no stock class with Llama's weights",
+            fix="train with attention: causal, or load the checkpoint with ringweave",
+        )
     out = out or run_dir / "export"
     making = out.with_name(out.name + ".tmp")
     shutil.rmtree(making, ignore_errors=True)
@@ -113,7 +135,7 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
         write_tokenizer(tokenizers, making, context=context)
     difference = logit_difference(model, making)
     record = {
-        "class": "LlamaForCausalLM",
+        "class": "LlamaForCausalLM" if model.shape.window is None else "MistralForCausalLM",
         "max_abs_logit_diff": difference,
         "step": saved.step,
         "parameters": model.shape.parameters,

@@ -202,3 +202,23 @@ def _with_unit(unit: int) -> dict[str, Any]:
     verify.build_parts = lambda *args, **kw: real(*args, **{**kw, "unit": unit})
     packs = verify.make_packs()
     return verify.check_layout({"dp": 2}, packs, verify._reference(packs, "fp32"), "fp32")
+
+
+def test_a_windowed_model_exports_as_mistral_and_a_mixed_one_is_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from ringweave.pretrain.errors import ConfigError
+    from ringweave.pretrain.export import logit_difference, write_llama
+    from ringweave.pretrain.parallelize import build_model
+
+    model = build_model(replace(verify.SHAPE, kv_heads=2, window=9), None, seed=2, rope_theta=1e5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4.0)
+    write_llama(model, tmp_path / "windowed")
+    assert logit_difference(model, tmp_path / "windowed") <= 1e-3
+    model.shape = replace(model.shape, window=12)
+    assert logit_difference(model, tmp_path / "windowed") > 1e-2
+    model.shape = replace(model.shape, full_every=2)
+    with pytest.raises(ConfigError, match="cannot be exported"):
+        write_llama(model, tmp_path / "mixed")
