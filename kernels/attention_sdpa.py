@@ -40,9 +40,8 @@ def forward(
     lse = torch.empty(q.shape[0], heads, dtype=acc, device=q.device)
     for rows, keys, allowed in _strips(q, k, lower, upper):
         q_, k_, v_ = q[rows], expand_heads(k[keys], heads), expand_heads(v[keys], heads)
-        found = scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (q_, k_, v_)), attn_mask=allowed, scale=scale
-        )
+        q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q_, k_, v_))
+        found = scaled_dot_product_attention(q4, k4, v4, attn_mask=allowed, scale=scale)
         out[rows] = found[0].transpose(0, 1)
         lse[rows] = _scores(q_.to(acc), k_.to(acc), allowed, scale).logsumexp(-1).t()
     return out, lse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ringweave.pretrain.config_checks import LOOPED, Finding, layout_problems
 
@@ -28,7 +28,7 @@ def nearest_layouts(config: RunConfig, stage: int, world: int, limit: int = 3) -
     where not. Nothing else of the config is changed, so there may be none; `limit` 0 means all.
     """
     asked = config.stages[stage].layout
-    found = []
+    found: list[Any] = []
     for sizes in _factors(world, len(AXES)):
         layout = _fitted(config, asked.model_copy(update=dict(zip(AXES, sizes, strict=True))))
         if not any(layout_problems(_with_layout(config, stage, layout), stage)):
@@ -151,7 +151,8 @@ def _with_layout(config: RunConfig, stage: int, layout: Layout) -> RunConfig:
 
 def _fitted(config: RunConfig, layout: Layout) -> Layout:
     """`layout` with the keys that depend on its axes moved to the nearest values that fit them."""
-    model, change = config.model, {}
+    model = config.model
+    change: dict[str, Any] = {}
     looped = layout.schedule in LOOPED
     if (looped and layout.virtual < 2) or layout.schedule == "zbv":
         change["virtual"] = 2
