@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringweave.parallel import watch
 from ringweave.parallel.ring_plan import RingPlan
 
 Spans = NDArray[np.int64]
@@ -50,10 +51,13 @@ class Ring:
         return dist.batch_isend_irecv(ops) if ops else []
 
 
-def wait(work: list[dist.Work]) -> None:
-    """Wait for every transfer."""
-    for w in work:
-        w.wait()
+def wait(work: list[dist.Work], what: str = "ring transfer", peer: int | None = None) -> None:
+    """Wait for every transfer; `what` and the ring rank `peer` name the wait if it never ends."""
+    if not work:
+        return
+    with watch.at(what, "its ring neighbours" if peer is None else f"ring rank {peer}"):
+        for w in work:
+            w.wait()
     work.clear()
 
 
@@ -164,7 +168,7 @@ class _Rotation:
         self.incoming = self.held
 
     def take(self, hop: int) -> tuple[Tensor, Tensor]:
-        wait(self.work)
+        wait(self.work, f"keys of ring hop {hop}", (self.plan.rank - 1) % self.plan.ring)
         if hop > 0:
             self.held = self.incoming
         if hop + 1 < self.plan.ring:
@@ -204,7 +208,7 @@ class _Return:
 
     def give(self, hop: int) -> None:
         plan, last = self.plan, self.plan.last
-        wait(self.work)
+        wait(self.work, f"key gradients before ring hop {hop}", (plan.rank - 1) % plan.ring)
         source = (plan.rank - hop) % plan.ring
         if self.incoming is not None and hop <= last[source]:
             self.held += self.incoming
@@ -228,7 +232,7 @@ class _Return:
         self.work = self.ring.exchange(sends, receives)
 
     def total(self) -> tuple[Tensor, Tensor]:
-        wait(self.work)
+        wait(self.work, "key gradients on their way home")
         return self.form.split(self.like.new_zeros(0) if self.home is None else self.home)
 
 
@@ -264,7 +268,7 @@ class _Direct:
 
     def take(self, hop: int) -> tuple[Tensor, Tensor]:
         plan = self.plan
-        wait(self.work[hop])
+        wait(self.work[hop], f"keys of ring hop {hop}", (plan.rank - hop) % plan.ring)
         self.sending[hop] = None
         if hop > 1:
             self.arrived[hop - 1] = None
@@ -311,7 +315,7 @@ class _Deliver:
         self.work = self.ring.exchange(sends, receives)
 
     def _collect(self) -> None:
-        wait(self.work)
+        wait(self.work, "key gradients on their way home")
         if self.coming is None:
             return
         flat, spans = self.coming

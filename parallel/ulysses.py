@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from ringweave.parallel import watch
+
 
 @dataclass(frozen=True, slots=True)
 class Ulysses:
@@ -64,9 +66,9 @@ def _swap(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGro
 @torch.library.custom_op("ringweave::all_to_all", mutates_args=())
 def _all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: str) -> Tensor:
     out = x.new_empty(sum(receive))
-    dist.all_to_all_single(
-        out, x.contiguous(), list(receive), list(send), group=_resolve_process_group(group)
-    )
+    with watch.at("heads swapped for tokens", "its Ulysses group"):
+        members = _resolve_process_group(group)
+        dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=members)
     return out
 
 
