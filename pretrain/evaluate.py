@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from ringweave.data_pipes.pack import Pack
 from ringweave.data_pipes.planner import PackPlanner, plan_once
 from ringweave.data_pipes.stream import PackStream
 from ringweave.pretrain.batch import collate
 from ringweave.pretrain.export import load_run
 from ringweave.pretrain.job import open_corpus
+from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.objectives import term_sums
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.tokenizers.errors import DataError
@@ -46,13 +51,8 @@ def evaluate_run(
     plans = plan_once(lengths, context=context)
     planner = PackPlanner(lengths=lengths, weights=dict.fromkeys(lengths, 1.0), seed=0, context=context)
     stream = PackStream(heldout, planner)
-    sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
-    counts = np.zeros(len(MODALITIES))
-    for plan in plans:
-        batch = collate([stream.materialise(plan)], prefix=config.model.attention == "prefix")
-        nll = model(batch.ids, **batch.inputs())
-        sums += term_sums(nll, torch.from_numpy(batch.weights), torch.from_numpy(batch.modality))
-        counts += batch.counts
+    packs = (stream.materialise(plan) for plan in plans)
+    sums, counts = heldout_sums(model, packs, prefix=config.model.attention == "prefix")
     figures = {
         m: {
             "loss": float(sums[i] / counts[i]),
@@ -71,6 +71,24 @@ def evaluate_run(
         "context": context,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+@torch.no_grad()
+def heldout_sums(
+    model: LWM, packs: Iterable[Pack], *, prefix: bool = False
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """Σ weight·nll and Σ weight per modality over all packs, fp64 [modalities]; only their quotient is a loss.
+
+    A mean over packs would weigh the tokens of a short last pack more than others.
+    """
+    sums = torch.zeros(len(MODALITIES), dtype=torch.float64)
+    counts = np.zeros(len(MODALITIES))
+    for pack in packs:
+        batch = collate([pack], prefix=prefix)
+        nll = model(batch.ids, **batch.inputs())
+        sums += term_sums(nll, torch.from_numpy(batch.weights), torch.from_numpy(batch.modality))
+        counts += batch.counts
+    return sums, counts
 
 
 def _first(lengths: np.ndarray, limit: int) -> np.ndarray:
