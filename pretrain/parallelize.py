@@ -164,7 +164,10 @@ def _shard(model: LWM, mesh: Mesh, precision: str, unit: int) -> None:
     """FSDP2 (HSDP with copies) over dp·sp; gradients are summed, because losses are already divided globally."""
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Hidden states are bf16 already; `expected`, the only other floats, must reach the head unrounded.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     # Pipeline stages run many micro-batches between optimizer steps: gathering once is cheaper than resharding.
     reshard = mesh.sizes["pp"] == 1
     parts: list[nn.Module] = []

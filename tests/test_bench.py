@@ -120,6 +120,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_the_step_takes_above_its_inputs(tmp_path: Path) -> None:
     """Also when the measuring process is itself larger than that, at which ru_maxrss of a child would start."""
     script = tmp_path / "measure.py"

@@ -57,6 +57,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
+@pytest.mark.slow
 def test_counts_shards_and_indexes(demo: tuple[Path, dict[str, dict[str, int]]]) -> None:
     out, counts = demo
     assert list(counts) == list(SOURCES) == ["text", "image", "rgba", "score", "audio", "video"]

@@ -149,6 +149,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "layout", "rank"), CASES)
 def test_a_stopped_rank_is_named(tmp_path: Path, world: int, layout: str, rank: int) -> None:
     job = Job(tmp_path, "ok", world, layout)
@@ -167,6 +168,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path, world: int, layout: str, rank: 
     assert f"timeout.collective is {TIMEOUT:g} s" in said
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     job = Job(tmp_path, "ok", 2, "dp2")
     marks = job.until_step(3)
@@ -179,6 +181,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert "rank 1 was killed by SIGKILL" in said
 
 
+@pytest.mark.slow
 def test_a_rank_stuck_in_its_data_is_named_with_its_line(tmp_path: Path) -> None:
     job = Job(tmp_path, "sleep", 2, "dp2")
     job.until_step(1)
@@ -205,6 +208,7 @@ def test_a_collective_that_never_returns_is_ended_from_outside(tmp_path: Path) -
     assert "all_reduce" in (job.run / "ranks" / "stack-0.txt").read_text()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_the_others_with_its_words(tmp_path: Path) -> None:
     job = Job(tmp_path, "data", 2, "dp2")
     job.until_step(1)

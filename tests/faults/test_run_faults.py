@@ -124,6 +124,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(
     tmp_path: Path, kind: str

@@ -232,6 +232,7 @@ def test_attention_needs_no_triton() -> None:
     assert printed.split("\n")[:2] == ["24.0", "False the package triton is not installed"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_no_buffer_of_queries_times_keys() -> None:
     """Multi-query blocks of 8192 x 8192, forward and backward: peak memory grows by less than one byte a pair.

@@ -268,6 +268,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("with_expected", [False, True])
 def test_25_peak_memory_of_head_and_loss_is_independent_of_sequence_length(with_expected: bool) -> None:

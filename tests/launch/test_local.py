@@ -96,6 +96,7 @@ def wait_for(condition, *, seconds: float = 40.0) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_success_and_one_log_for_each_other_rank(tmp_path: Path, stub: dict[str, str]) -> None:
     assert start("ok", tmp_path, stub) == 0
     assert rank_log(tmp_path / "logs" / "attempt-0", 1).read_text().strip() == "hello from rank 1"
@@ -103,6 +104,7 @@ def test_success_and_one_log_for_each_other_rank(tmp_path: Path, stub: dict[str,
     assert (tmp_path / "logs" / "attempt-1" / "rank-1.log").exists()
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_first_failing_rank_and_its_log(
     tmp_path: Path, stub: dict[str, str], capsys
 ) -> None:
@@ -117,6 +119,7 @@ def test_exit_code_of_the_first_failing_rank_and_its_log(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_killed_rank_is_named(tmp_path: Path, stub: dict[str, str], capsys) -> None:
     assert start("killed", tmp_path, stub) == 128 + signal.SIGKILL
     assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
@@ -128,6 +131,7 @@ def test_exit_json_tells_what_torchrun_hides(tmp_path: Path, stub: dict[str, str
     assert "why:   NaN" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_reaches_every_rank_once(tmp_path: Path, stub: dict[str, str], number: int) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", START, "wait", str(tmp_path)], env=stub)

@@ -22,6 +22,8 @@ from ringweave.pretrain.batch import collate
 from ringweave.pretrain.engine import TorchEngine
 from ringweave.pretrain.parallelize import build_model
 
+pytestmark = pytest.mark.slow  # minutes of several processes
+
 INF = float("inf")
 LAYOUTS: list[dict[str, Any]] = [
     {"dp": 4},

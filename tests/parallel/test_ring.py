@@ -134,7 +134,9 @@ def _matrix() -> list[tuple]:
     return cases
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "world", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_ring_equals_dense(world: int) -> None:
     """A1, A8, A10, A14, A19, dLSE: any layout, mask, length, transport; one rank may hold everything."""
     f64 = _matrix()
@@ -196,6 +198,7 @@ def _races() -> list[bool]:
     return found
 
 
+@pytest.mark.slow
 def test_delays_and_overlap_change_no_bit() -> None:
     """A17, A18: skewed messages, NaN in every buffer before it is filled, overlap on and off."""
     assert all(all(found) for found in run_ranks(3, _races, timeout=120))
@@ -212,6 +215,7 @@ def _transports() -> list[bool]:
     return same
 
 
+@pytest.mark.slow
 def test_transports_give_the_same_bits() -> None:
     assert all(all(same) for same in run_ranks(4, _transports, timeout=120))
 
@@ -245,6 +249,7 @@ def _bytes() -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_bytes_on_the_wire_are_the_plans() -> None:
     for counted in run_ranks(4, _bytes, timeout=120):
         assert [a for a, _ in counted] == [b for _, b in counted]
@@ -258,6 +263,7 @@ def _large_messages() -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_large_messages_pass() -> None:
     assert max(run_ranks(3, _large_messages, timeout=120, collective=20)) < 60
 
@@ -290,6 +296,7 @@ def _ulysses(shape: tuple[int, int]) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2), (1, 4)])
 def test_ulysses_and_ulysses_rings_equal_dense(shape: tuple[int, int]) -> None:
     assert max(run_ranks(shape[0] * shape[1], _ulysses, shape, timeout=120)) <= 1e-12
@@ -305,6 +312,7 @@ def test_a_plan_for_another_layout_is_refused() -> None:
         ring_attention(x, x, x, plan=plan, ring=Ring())
 
 
+@pytest.mark.slow
 def test_gradcheck_of_the_ring_operator() -> None:
     """yunchang 149 (A15): as many gradients as inputs, and right ones, in out and LSE."""
     documents = np.array([[0, 0, 0, 1, 1, 1, 1, -1]], np.int32)
@@ -329,6 +337,7 @@ def _one_rank_dies() -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_named() -> None:
     with pytest.raises(WorkersFailed, match=r"rank 1 of 2:[\s\S]*told to fail"):
         run_ranks(2, _one_rank_dies, timeout=60, collective=5)

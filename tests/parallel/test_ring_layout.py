@@ -35,6 +35,7 @@ def _price(documents, prefix, ring, kind, width=4096):
     return price_layout(documents[None], owner, prefix[None], ring=ring, width=width)
 
 
+@pytest.mark.slow
 def test_planned_layouts_are_balanced_and_send_less_than_per_document_zigzag() -> None:
     """ρ_tot <= 1.05 and κ <= per-document zigzag's in at least 95 of 100 packs."""
     good, ratios = 0, []

@@ -72,6 +72,7 @@ def _covered(documents: np.ndarray, plans: list[RingPlan], where: list[np.ndarra
     return seen
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 17), min_size=1, max_size=6),

@@ -43,6 +43,7 @@ def _both() -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_running_merge_equals_published_two_pass_form(world: int) -> None:
     assert max(run_ranks(world, _both, timeout=120)) <= 1e-12

@@ -22,6 +22,8 @@ from ringweave.pretrain.batch import collate
 from ringweave.pretrain.engine import TorchEngine
 from ringweave.pretrain.parallelize import build_model
 
+pytestmark = pytest.mark.slow  # minutes of several processes
+
 WIDTH, INNER = 4, 9
 #: One token, fewer than ranks, as many, primes, a batch of rows.
 SIZES = [(1, 1), (1, 2), (1, 3), (1, 7), (1, 61), (3, 11)]

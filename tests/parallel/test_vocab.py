@@ -98,6 +98,7 @@ def _all_cases() -> dict[tuple[Any, ...], dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_sharded_vocabulary_equals_whole_logits(world: int) -> None:
     """Even and uneven shards, one without rows; whatever comes back; and the same collectives on every rank."""

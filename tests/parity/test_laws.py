@@ -28,6 +28,7 @@ def test_verify_quick_holds_and_says_by_how_much() -> None:
     assert 0 < result["max_rel_grad_diff"] <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "layouts"),
     [
@@ -41,7 +42,6 @@ def test_verify_quick_holds_and_says_by_how_much() -> None:
                 {"pp": 2, "tp": 2, "sp": 2},
                 {"dp": 2, "pp": 2, "sp": 2},
             ],
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -52,6 +52,7 @@ def test_layouts_equal_one_process(world: int, layouts: list[dict[str, int]]) ->
         assert row["holds"], row
 
 
+@pytest.mark.slow
 def test_layouts_in_double_precision_leave_no_room_for_a_wrong_formula() -> None:
     rows = run_ranks(2, verify._layout_worker, [{"tp": 2}, {"sp": 2}], "fp64", timeout=200)[0]
     for row in rows:
@@ -65,6 +66,7 @@ def test_packed_equals_separate(precision: str) -> None:
     assert row["holds"], row
 
 
+@pytest.mark.slow
 def test_a_leak_between_documents_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself: attention that forgets document boundaries must break law 1."""
     from ringweave.parallel.packed import PackedAttention
@@ -144,6 +146,7 @@ def test_bf16_trains_alike_on_layouts_and_near_fp32(tmp_path: Path) -> None:
     assert runs["dp2tp2"] != runs["fp32"]
 
 
+@pytest.mark.slow
 def test_checkpoint_step_counts_in_the_manifest_reach_adamw(tmp_path: Path) -> None:
     """A resumed optimizer must know how many updates it has made, or its bias correction restarts."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -191,6 +194,7 @@ def test_export_agrees_and_a_wrong_export_would_be_seen(tmp_path: Path) -> None:
     assert logit_difference(model, tmp_path / "right") > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1, 2**24])
 def test_sharding_units_do_not_change_the_gradients(unit: int) -> None:
     rows = run_ranks(2, _with_unit, unit, timeout=200)[0]

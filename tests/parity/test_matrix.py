@@ -11,6 +11,8 @@ import pytest
 from ringweave.parallel.spawn import run_ranks
 from ringweave.pretrain import verify, verify_parallel
 
+pytestmark = pytest.mark.slow  # minutes of several processes
+
 
 def _plain(world: int) -> set[str]:
     return {

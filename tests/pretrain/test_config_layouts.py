@@ -157,6 +157,7 @@ def legal(values: dict[str, Any], layout: dict[str, Any], world: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(asked())
 def test_every_suggestion_is_legal_and_none_nearer_is_left_out(case: tuple[dict[str, Any], int]) -> None:

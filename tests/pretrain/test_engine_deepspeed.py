@@ -172,6 +172,7 @@ def _check(row: dict[str, Any]) -> None:
     assert row["next_params"] <= 1e-6, row
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_zero_1_2_3_equal_one_process_and_the_torch_engine_over_dp(tmp_path: Path) -> None:
     rows = run_ranks(2, _law, [{"dp": 2}], str(tmp_path), {"dp2": (1, 2, 3)}, timeout=300)[0]
@@ -335,6 +336,7 @@ def test_changing_the_engine_is_a_harmless_difference() -> None:
     assert {d[3] for d in resume_differences(before.to_dict(), after)} == {"harmless"}
 
 
+@pytest.mark.slow
 def test_deepspeed_is_imported_only_when_chosen() -> None:
     code = "import sys, ringweave.pretrain.trainer; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

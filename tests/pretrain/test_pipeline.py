@@ -26,6 +26,8 @@ from ringweave.pretrain.engine import TorchEngine, make_adamw, world_loss
 from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.parallelize import build_model, build_parts, initialise
 
+pytestmark = pytest.mark.slow  # minutes of several processes
+
 LOSS_BOUND, GRAD_BOUND = 1e-6, 1e-5
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 LAYERS = 9  # over 2, 4 or 8 parts: never even

@@ -21,6 +21,8 @@ from ringweave.pretrain.models.lwm import LWM, LWMShape
 from ringweave.pretrain.parallelize import build_model, initialise
 from ringweave.pretrain.recompute import recompute_activations
 
+pytestmark = pytest.mark.slow  # minutes of several processes
+
 HOW = ("none", "selective", "full")
 LAYOUTS: list[dict[str, Any]] = [
     {"tp": 2, "sp": 2, "norms": "sequence"},

@@ -28,6 +28,8 @@ from ringweave.pretrain.parallelize import build_model
 from ringweave.pretrain.run_folder import read_events
 from ringweave.pretrain.schedule import learning_rate
 
+pytestmark = pytest.mark.slow  # minutes of several processes
+
 #: dp4 and dp2 take 2 and 4 packs a rank, one a pass; the first pack, and so a pass of rank 0, has no target.
 LAYOUTS: list[dict[str, Any]] = [
     {"dp": 4}, {"dp": 4, "replicate": 2}, {"dp": 4, "replicate": 4},
