@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -31,14 +31,8 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_harness", BENCH / "_harness.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_harness"] = module
-    spec.loader.exec_module(module)
-    return module
+def harness(load_script: Callable[[Path, str], ModuleType]) -> ModuleType:
+    return load_script(BENCH / "_harness.py", "_harness")
 
 
 @pytest.mark.slow

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,14 +12,8 @@ HARNESS = Path(__file__).parent / "prove" / "_harness.py"
 
 
 @pytest.fixture(scope="module")
-def harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_prove_harness", HARNESS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_prove_harness"] = module
-    spec.loader.exec_module(module)
-    return module
+def harness(load_script: Callable[[Path, str], ModuleType]) -> ModuleType:
+    return load_script(HARNESS, "_prove_harness")
 
 
 def rows(page: Path) -> list[list[str]]:

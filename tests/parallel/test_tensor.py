@@ -208,21 +208,18 @@ def models() -> dict[str, Any]:
     return run_ranks(4, _models_worker, timeout=400)[0]
 
 
-@pytest.mark.slow
 def test_both_settings_of_norms_equal_one_process(models: dict[str, Any]) -> None:
     assert len(models["parity"]) == len(LAYOUTS)
     for row in models["parity"]:
         assert row["holds"], row
 
 
-@pytest.mark.slow
 def test_sequence_parallel_norms_leave_no_room_for_a_wrong_formula(models: dict[str, Any]) -> None:
     (row,) = models["exact"]
     assert row["max_rel_loss_diff"] <= 1e-12, row
     assert row["max_rel_grad_diff"] <= 1e-10, row
 
 
-@pytest.mark.slow
 def test_norm_gradients_are_identical_on_tensor_parallel_ranks_and_whole(models: dict[str, Any]) -> None:
     """A norm that saw a shard of the tokens has a share of its gradient; every rank must end up with the sum."""
     assert len(models["norms"]) == 4
@@ -231,7 +228,6 @@ def test_norm_gradients_are_identical_on_tensor_parallel_ranks_and_whole(models:
         assert worst <= 1e-5
 
 
-@pytest.mark.slow
 def test_sequence_parallel_blocks_hold_their_share_and_cost_one_gather_and_one_scatter(
     models: dict[str, Any],
 ) -> None:
@@ -249,7 +245,6 @@ def test_sequence_parallel_blocks_hold_their_share_and_cost_one_gather_and_one_s
     assert "sum_over_ranks" not in seen["backward"]
 
 
-@pytest.mark.slow
 def test_replicated_hidden_states_cost_one_all_reduce_a_half_each_way(models: dict[str, Any]) -> None:
     seen, layers = models["traffic"]["replicated"], verify.SHAPE.layers
     assert seen["between"] == [(1, verify.CONTEXT, verify.SHAPE.width)] * layers

@@ -34,7 +34,7 @@ def test_verify_quick_holds_and_says_by_how_much() -> None:
     [
         (2, [{"dp": 2}, {"pp": 2}, {"tp": 2}, {"sp": 2}]),
         (3, [{"sp": 3}, {"pp": 3}]),
-        pytest.param(
+        (
             8,
             [
                 {"dp": 2, "pp": 2, "tp": 2},

@@ -36,7 +36,6 @@ def test_the_matrix_names_every_factorisation_and_choice() -> None:
         assert {r[key] for r in rows if key in r} == values, key
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_layout_equals_one_process_for_both_models(world: int) -> None:
     """trainers.md 1, 2, 3, 21, 23: uneven masks, ranks without targets, accumulation, prime context."""
@@ -46,7 +45,6 @@ def test_every_layout_equals_one_process_for_both_models(world: int) -> None:
     assert {r["layout"] for r in result["rows"]} >= _plain(world)
 
 
-@pytest.mark.slow
 def test_layouts_of_eight_processes_equal_one() -> None:
     rows = [
         {"dp": 2, "pp": 2, "tp": 2}, {"dp": 2, "tp": 2, "sp": 2}, {"pp": 2, "tp": 2, "sp": 2},
@@ -57,7 +55,6 @@ def test_layouts_of_eight_processes_equal_one() -> None:
         assert row["holds"], row
 
 
-@pytest.mark.slow
 def test_the_command_runs_on_the_ranks_a_launcher_made() -> None:
     done = subprocess.run(
         [

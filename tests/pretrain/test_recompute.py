@@ -79,7 +79,6 @@ def seen() -> list[list[dict[str, Any]]]:
     return run_ranks(4, _worker, timeout=400)
 
 
-@pytest.mark.slow
 def test_no_collective_and_no_message_is_replayed_in_the_recomputation(
     seen: list[list[dict[str, Any]]],
 ) -> None:
@@ -95,7 +94,6 @@ def test_no_collective_and_no_message_is_replayed_in_the_recomputation(
         assert sum(pipeline.get(name, 0) for name in ("gloo:send", "gloo:recv")) > 0
 
 
-@pytest.mark.slow
 def test_gradients_are_bit_equal_to_those_without_recomputation(seen: list[list[dict[str, Any]]]) -> None:
     for rank in seen:
         for row in rank:

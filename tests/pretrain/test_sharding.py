@@ -140,10 +140,18 @@ def _bf16(case: dict[str, Any]) -> dict[str, Any]:
     batch = collate([packs[i] for i in mine])
     counts = engine.global_counts(batch)
     engine.global_counts = lambda batch: counts  # its all-reduce is fp64
+    head, coefficients = engine.model.head, set()
+    inner = head.cross_entropy
+
+    def seeing(*args: Any, **options: Any) -> Tensor:
+        coefficients.add(str(options["expected"].dtype))
+        return inner(*args, **options)
+
+    head.cross_entropy = seeing
     with _Reductions() as reductions:
         engine.forward_backward(batch)
     return {
-        "case": case, "carried": reductions.seen,
+        "case": case, "carried": reductions.seen, "coefficients": coefficients,
         "gradients": {str(p.grad.dtype) for p in engine.parameters()},
         "parameters": {str(p.dtype) for p in engine.parameters()},
         "values": _whole({n: p.grad for n, p in engine.model.named_parameters()}),
@@ -260,7 +268,6 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(4, _worker, str(tmp_path_factory.mktemp("sharding")), timeout=500)
 
 
-@pytest.mark.slow
 def test_losses_are_divided_by_global_counts_and_gradients_summed_whatever_the_copies(
     seen: list[dict[str, Any]],
 ) -> None:
@@ -270,7 +277,6 @@ def test_losses_are_divided_by_global_counts_and_gradients_summed_whatever_the_c
         assert row["holds"], row
 
 
-@pytest.mark.slow
 def test_loss_and_norm_are_equal_for_rings_of_1_2_and_4(seen: list[dict[str, Any]]) -> None:
     rows = {r["layout"]: r for r in seen[0]["parity"]}
     for name in ("dp4", "dp2·sp2", "sp4"):
@@ -279,18 +285,18 @@ def test_loss_and_norm_are_equal_for_rings_of_1_2_and_4(seen: list[dict[str, Any
     assert max(seen[0]["tokens"]) <= 1e-5, "the loss of some token depends on the ring"
 
 
-@pytest.mark.slow
 def test_a_rank_without_targets_changes_nothing(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         assert rank["silent"]["finite"]
         assert rank["silent"]["update"] <= 1e-4, rank["silent"]  # of updates, differences of parameters
 
 
-@pytest.mark.slow
 def test_bf16_gathers_bf16_and_reduces_fp32_over_shards_and_copies(seen: list[dict[str, Any]]) -> None:
     rows = seen[0]["bf16"]["rows"]
     for row in rows:
         assert row["gradients"] == row["parameters"] == {"torch.float32"}, row
+        # Rounded coefficients would be ignored by the head, which then computes its logits twice.
+        assert row["coefficients"] == {"torch.float32"}, row
         reduced = {name: kinds for name, kinds in row["carried"].items() if "reduce" in name}
         assert reduced, row
         assert all(kinds == {"torch.float32"} for kinds in reduced.values()), row
@@ -299,7 +305,6 @@ def test_bf16_gathers_bf16_and_reduces_fp32_over_shards_and_copies(seen: list[di
     assert seen[0]["bf16"]["apart"] <= 1e-5, "copies changed the gradients"
 
 
-@pytest.mark.slow
 def test_parameters_moments_and_step_are_bit_equal_on_every_layout_that_loads_them(
     seen: list[dict[str, Any]],
 ) -> None:
@@ -313,7 +318,6 @@ def test_parameters_moments_and_step_are_bit_equal_on_every_layout_that_loads_th
             assert row["equal"], row
 
 
-@pytest.mark.slow
 def test_a_run_moved_from_copies_to_tensor_shards_keeps_loss_norm_and_learning_rate(
     seen: list[dict[str, Any]],
 ) -> None:
