@@ -23,6 +23,8 @@ TINYSOUNDFONT := tinysoundfont==0.3.7
 
 # Seconds one test may take before it is stopped with a stack of every thread.
 TEST_TIMEOUT := 600
+# Two workers; the tests of one file stay together, because they share fixtures.
+PYTEST := $(PY) -m pytest --timeout $(TEST_TIMEOUT) -n 2 --dist loadfile
 
 # One thread a process: runs use several processes, and results do not depend on it.
 export OMP_NUM_THREADS ?= 1
@@ -74,10 +76,10 @@ types: $(STAMP)
 	MYPYPATH=.typecheck $(PY) -m mypy --cache-dir .mypy_cache -p ringweave
 
 check: lint types
-	$(PY) -m pytest -m 'not slow and not gpu' --timeout $(TEST_TIMEOUT)
+	$(PYTEST) -m 'not slow and not gpu'
 
 test: $(STAMP)
-	$(PY) -m pytest --timeout $(TEST_TIMEOUT)
+	$(PYTEST)
 
 # $(call scripts,folder,word): runs every script of a folder; all run, then it fails if one failed.
 define scripts

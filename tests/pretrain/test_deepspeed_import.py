@@ -22,9 +22,10 @@ from ringweave.pretrain.errors import StorageError
 from ringweave.pretrain.parallelize import build_model
 from ringweave.tokenizers.errors import EXIT_STORAGE
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    pytest.mark.slow,  # its fixture trains on two ranks
+]
 CASES = {"zero1": (1, False), "zero2": (2, False), "zero3": (3, False), "zero1-bf16": (1, True)}
 STEPS = 5
 
