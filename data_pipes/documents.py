@@ -4,15 +4,21 @@ A plan lists what the document holds, in order: `("caption", "image")` is text t
 "caption")` the way back. Everything is trained on unless an item ends in "?", which makes it a condition:
 seen, but without loss (`("caption?", "image")`).
 
-| item    | members read                                        |
-|---------|-----------------------------------------------------|
-| text    | txt                                                 |
-| caption | txt                                                 |
-| image   | png, jpg, jpeg, webp or flat.png                    |
-| rgba    | layer0.png ... layerN.png, bottom first             |
-| score   | png, jpg, jpeg or webp, as grey                     |
-| audio   | flac, wav or ogg, mixed to mono                     |
-| video   | mp4, webm, mkv or mov                               |
+| item    | members read                                        | argument                            |
+|---------|-----------------------------------------------------|-------------------------------------|
+| text    | txt                                                 | a member, a json field, or a class  |
+| caption | txt, never empty                                    | a member, a json field, or a class  |
+| image   | png, jpg, jpeg, webp or flat.png                    | the one member: `image:seg.png`     |
+| rgba    | layer0.png ... layerN.png, bottom first             | none                                |
+| score   | png, jpg, jpeg or webp, as grey                     | the one member                      |
+| audio   | flac, wav, ogg or mp3, mixed to mono                | the one member                      |
+| video   | mp4, webm, mkv or mov                               | the one member                      |
+| fields  | json, a record of LWM's JSONL: one or more segments | a field list: `fields:[ask],answer` |
+
+Where several members fit, the first in the table wins. Arguments of text and caption: `caption:json.caption`
+reads a field of the json member (`json.meta.title` and `json.captions.0` reach inside), `caption:cls` the cls
+member, `caption:cls=cat|dog` the name of its number, `caption:cls@names.txt` the same from a file beside the
+shards, `text:md` the member md. A missing field and an empty caption are errors of that sample.
 
 Pixels and sound are brought to the tokenizers' form in integers, so ids cannot depend on the machine.
 """
@@ -26,13 +32,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ringweave.data_pipes.formats import fields_segments, member_of, missing_member, text_of
+from ringweave.data_pipes.plan_items import CLIPS, ITEMS, PICTURES, SOUNDS, Entry, parse_entry
 from ringweave.data_pipes.sample import Sample
 from ringweave.tokenizers import media
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.members import as_grey, as_mono, as_rgb, as_rgba
 from ringweave.tokenizers.segment import Document, Role, Segment
 
-_PICTURES = ("png", "jpg", "jpeg", "webp")
 _LAYER = re.compile(r"layer(\d+)\.png")
 
 
@@ -62,71 +69,70 @@ class Tokenizers(Protocol):
     def score_segment(
         self, image: NDArray[np.uint8], *, role: Role = ..., weight: float = ...
     ) -> Segment: ...
+    def codes_segment(
+        self,
+        codes: NDArray[np.int32],
+        *,
+        codebook: int,
+        times: NDArray[np.float64] | None = ...,
+        role: Role = ...,
+        weight: float = ...,
+    ) -> Segment: ...
     def document(self, key: str, segments: list[Segment]) -> Document: ...
 
 
-def _member(sample: Sample, item: str, wanted: Sequence[str]) -> tuple[bytes, str]:
-    """The first member present out of `wanted`, and how messages name it."""
-    for extension in wanted:
-        if extension in sample.members:
-            return sample.members[extension], f"{sample.where}:{extension}"
-    raise _missing(sample, item, " or ".join(wanted))
+def _media(sample: Sample, entry: Entry, wanted: Sequence[str]) -> tuple[bytes, str]:
+    """The member that the entry names, else the first present out of `wanted`, and how messages name it."""
+    wanted = (entry.argument,) if entry.argument else wanted
+    data = member_of(sample, entry.text, wanted)
+    return data, f"{sample.where}:{next(ext for ext in wanted if ext in sample.members)}"
 
 
-def _missing(sample: Sample, item: str, wanted: str) -> DataError:
-    return DataError(
-        f"plan item {item!r} finds no member {wanted}",
-        where=sample.where,
-        why=f"the sample holds: {', '.join(sorted(sample.members)) or 'nothing'}",
-        fix="correct the plan of this source, or the shard",
-    )
+def _text(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    return tokenizers.text_segment(text_of(sample, entry), **options)
 
 
-def _text(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
-    data, where = _member(sample, item, ("txt",))
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError("text is not UTF-8", where=where, why=str(error)) from None
-    return tokenizers.text_segment(text, **options)
-
-
-def _image(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
-    data, where = _member(sample, item, (*_PICTURES, "flat.png"))
+def _image(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    data, where = _media(sample, entry, (*PICTURES, "flat.png"))
     return tokenizers.image_segment(as_rgb(media.decode_image(data, where=where)), **options)
 
 
-def _score(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
-    data, where = _member(sample, item, _PICTURES)
+def _score(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    data, where = _media(sample, entry, PICTURES)
     return tokenizers.score_segment(as_grey(media.decode_image(data, where=where)), **options)
 
 
-def _rgba(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+def layers_of(sample: Sample, item: str = "rgba") -> list[NDArray[np.uint8]]:
+    """uint8 [H, W, 4] of layer0.png, layer1.png, ...: bottom first. DataError for a gap or other sizes."""
     numbers = sorted(int(m[1]) for m in map(_LAYER.fullmatch, sample.members) if m)
     names = [f"layer{n}.png" for n in range(len(numbers))]
     if not names or any(name not in sample.members for name in names):
-        raise _missing(sample, item, "layer0.png, layer1.png, ... without a gap")
+        raise missing_member(sample, item, "layer0.png, layer1.png, ... without a gap")
     layers = [as_rgba(media.decode_image(sample.members[n], where=f"{sample.where}:{n}")) for n in names]
     shapes = {layer.shape for layer in layers}
     if len(shapes) > 1:
         sizes = ", ".join(f"{layer.shape[1]}x{layer.shape[0]}" for layer in layers)
         raise DataError("layers of different sizes", where=sample.where, why=sizes)
-    return tokenizers.rgba_segment(layers, **options)
+    return layers
 
 
-def _audio(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
-    data, where = _member(sample, item, ("flac", "wav", "ogg"))
+def _rgba(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    return tokenizers.rgba_segment(layers_of(sample, entry.text), **options)
+
+
+def _audio(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    data, where = _media(sample, entry, SOUNDS)
     samples, rate = media.decode_audio(data, where=where)
     return tokenizers.audio_segment(as_mono(samples), rate, **options)
 
 
-def _video(sample: Sample, item: str, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
-    data, where = _member(sample, item, ("mp4", "webm", "mkv", "mov"))
+def _video(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    data, where = _media(sample, entry, CLIPS)
     frames, times = media.decode_video(data, where=where)
     return tokenizers.video_segment(frames, times, **options)
 
 
-_ITEMS: dict[str, Callable[[Sample, str, Tokenizers, dict[str, Any]], Segment]] = {
+_ITEMS: dict[str, Callable[[Sample, Entry, Tokenizers, dict[str, Any]], Segment]] = {
     "text": _text,
     "caption": _text,
     "image": _image,
@@ -138,29 +144,45 @@ _ITEMS: dict[str, Callable[[Sample, str, Tokenizers, dict[str, Any]], Segment]] 
 
 
 def parse_plan(plan: Sequence[str]) -> list[tuple[str, Role]]:
-    """[(item, role)] of a plan. Raises DataError for an unknown item and for nothing to train on."""
+    """[(item with its argument, role)] of a plan.
+
+    Raises DataError for an unknown item, a bad argument and for nothing to train on.
+    """
+    shown = ", ".join(entry[:40] for entry in plan)
     parsed: list[tuple[str, Role]] = []
-    for entry in plan:
-        item, condition = entry.removesuffix("?"), entry.endswith("?")
-        if item not in _ITEMS:
-            known = ", ".join(_ITEMS)
+    for text in plan:
+        try:
+            entry = parse_entry(text)
+        except ValueError as error:
+            kind = "unknown" if text.removesuffix("?").partition(":")[0] not in ITEMS else "bad"
             raise DataError(
-                f"unknown plan item {entry!r}", where=f"plan [{', '.join(plan)}]", fix=f"use one of {known}"
-            )
-        parsed.append((item, "condition" if condition else "target"))
+                f"{kind} plan item {text[:80]!r}", where=f"plan [{shown}]", fix=str(error)
+            ) from None
+        parsed.append((entry.text, "condition" if entry.condition else "target"))
     if not any(role == "target" for _, role in parsed):
-        raise DataError("a plan without anything to train on", where=f"plan [{', '.join(plan)}]")
+        raise DataError("a plan without anything to train on", where=f"plan [{shown}]")
     return parsed
 
 
 def encode_sample(sample: Sample, plan: Sequence[str], tokenizers: Tokenizers) -> Document:
     """The document of a sample.
 
-    Raises DataError for an unknown plan item, a missing member and whatever cannot be decoded, always naming
-    the sample.
+    Raises DataError for an unknown plan item, a missing member or field and whatever cannot be decoded,
+    always naming the sample.
     """
-    segments: list[Segment] = []
-    for item, role in parse_plan(plan):
-        options = {"role": role, "weight": 0.0 if role == "condition" else 1.0}
-        segments.append(_ITEMS[item](sample, item, tokenizers, options))
-    return tokenizers.document(sample.key, segments)
+    items = parse_plan(plan)
+    try:
+        segments: list[Segment] = []
+        for text, role in items:
+            entry = parse_entry(text)
+            if entry.item == "fields":
+                segments += fields_segments(sample, entry, tokenizers)
+                continue
+            options = {"role": role, "weight": 0.0 if role == "condition" else 1.0}
+            segments.append(_ITEMS[entry.item](sample, entry, tokenizers, options))
+        return tokenizers.document(sample.key, segments)
+    except DataError as error:
+        if error.where:
+            raise
+        # Tokenizers see arrays and text, not where those came from.
+        raise type(error)(error.what, where=sample.where, why=error.why, fix=error.fix) from error.__cause__

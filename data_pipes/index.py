@@ -1,383 +1,314 @@
 """The index beside each shard: where every member lies, how long it is and its crc32.
 
-A shard is a plain WebDataset tar (`key.ext`, members of a sample adjacent). Tar readers in the field end
-silently on a damaged header and cannot see a flipped payload bit, so this module walks the headers itself
-and refuses everything it does not fully understand. The result is stored as `X.tar.idx.json`:
+A shard is a WebDataset tar (`key.ext`, members of a sample adjacent; the rule and its edges: `grouping.py`).
+`build_index` walks all of it (`tar.py`) and refuses what it does not fully understand. The result is stored as
+`X.tar.idx` (`index_file.py`) and is a function of the shard's bytes alone, so that a copied pair stays valid.
 
-    {"format": "ringweave-shard-index/1", "shard_size": 20480, "count": 1, "crc32": 123,
-     "samples": [{"key": "k", "members": [["txt", 512, 5, 907060870]]}]}
-
-A member row is [ext, offset of its data, size, crc32 of its data] and, only where the name in the tar header
-differs from `key.ext` (long names, capitals, a leading `./`), a fifth entry: the name in that header.
-`crc32` of the file covers `samples`, so a damaged index is noticed too.
+Stale indexes are refused by name. Size counts everywhere. A local file's time does not count: it changes with a
+copy, and every read checks the crc32 of what it reads. A remote shard's etag counts where both the index and the
+store know one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import re
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from ringweave.data_pipes.compression import codec_of_shard
+from ringweave.data_pipes.grouping import Groups, Policy, describe, group
+from ringweave.data_pipes.index_columns import MemberEntry, SampleEntry, ShardIndex, hash_keys
+from ringweave.data_pipes.index_file import FORMAT, Columns, parse_index
+from ringweave.data_pipes.storage import ByteSource, LocalFile, open_source, redact
+from ringweave.data_pipes.tar import LocalBytes, Members, Walk
 from ringweave.tokenizers.errors import DataError
 
-FORMAT = "ringweave-shard-index/1"
-BLOCK = 512
-_CHUNK = 1 << 20
-#: An extended header (long name, pax records) larger than this is damage or an attack, not a name.
-_MAX_EXTENDED = 1 << 20
-_ZERO = bytes(BLOCK)
-_OCTAL = re.compile(rb" *([0-7]+)[ \0]*\Z")
-_NOT_FILES = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
-    b"K": "a link",
-    b"3": "a device",
-    b"4": "a device",
-}
-_FIX_SHARD = "copy the shard again from its source, or write it again"
+if TYPE_CHECKING:
+    from ringweave.data_pipes.store import Store
 
+__all__ = [
+    "MemberEntry",
+    "SampleEntry",
+    "ShardIndex",
+    "build_index",
+    "index_folder",
+    "index_path",
+    "load_index",
+    "shard_files",
+    "shard_name",
+    "write_index",
+]
 
-@dataclass(frozen=True, slots=True)
-class MemberEntry:
-    """One member: `ext` after the first dot of the base name, `offset` of its data and `size` in bytes."""
-
-    ext: str
-    offset: int
-    size: int
-    crc32: int
-    header_name: str  # the name as the member's own tar header spells it
-
-
-@dataclass(frozen=True, slots=True)
-class SampleEntry:
-    """The adjacent members that share a key, in the order of the shard."""
-
-    key: str
-    members: tuple[MemberEntry, ...]
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What the sidecar holds. `shard_size` in bytes tells a stale index from a fresh one."""
-
-    shard_size: int
-    samples: tuple[SampleEntry, ...]
-
-    @property
-    def count(self) -> int:
-        return len(self.samples)
-
-    @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
-        return [{"key": s.key, "members": [_row(s.key, m) for m in s.members]} for s in self.samples]
-
-    @cached_property
-    def crc32(self) -> int:
-        """crc32 of the canonical JSON of `samples`: changes whenever a key, place or payload crc does."""
-        return zlib.crc32(json.dumps(self._rows, separators=(",", ":")).encode())
-
-    def to_json(self) -> str:
-        """The sidecar's text: one line per sample, so that two indexes can be compared with diff."""
-        head = {"format": FORMAT, "shard_size": self.shard_size, "count": self.count, "crc32": self.crc32}
-        rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in self._rows)
-        return json.dumps(head)[:-1] + ', "samples": [\n' + rows + "\n]}\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One parsed tar header block. `name` already has the ustar prefix in front."""
-
-    name: bytes
-    size: int
-    kind: bytes
-
-
-class HeaderError(Exception):
-    """Why a 512-byte block is not a header this reader accepts."""
+_SUFFIX = ".idx"
+_MAX_EXTENSIONS = 1 << 16
 
 
 def index_path(shard: Path) -> Path:
-    """`X.tar` -> `X.tar.idx.json`."""
-    return shard.with_name(shard.name + ".idx.json")
+    """`X.tar` -> `X.tar.idx`, or the `X.tar.idx.json` of an earlier version while only that is there."""
+    path, earlier = shard.with_name(shard.name + _SUFFIX), shard.with_name(shard.name + _SUFFIX + ".json")
+    return earlier if earlier.is_file() and not path.is_file() else path
 
 
-def parse_header(block: bytes) -> Header:
-    """Parse one 512-byte header block.
-
-    Raises HeaderError for a wrong checksum, an unknown magic or an unreadable number.
-    """
-    stored = _number(block[148:156], "checksum")
-    actual = sum(block[:148]) + 8 * 0x20 + sum(block[156:])
-    if stored != actual:
-        raise HeaderError(f"bad header checksum (stored {stored}, computed {actual})")
-    magic = block[257:265]
-    name = block[:100].split(b"\0", 1)[0]
-    if magic == b"ustar\x0000":
-        prefix = block[345:500].split(b"\0", 1)[0]
-        name = prefix + b"/" + name if prefix else name
-    elif magic not in (b"ustar  \0", bytes(8)):  # GNU, and the v7 form that has no magic
-        raise HeaderError(f"unknown tar magic {magic!r}")
-    return Header(name, _number(block[124:136], "size"), block[156:157])
-
-
-def _number(field: bytes, what: str) -> int:
-    """An octal field, or GNU's base-256 for large values."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    match = _OCTAL.match(field.rstrip(b"\0 ") or b"-")
-    if match is None:
-        raise HeaderError(f"unreadable {what} field {field!r}")
-    return int(match.group(1), 8)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`dir/a.seg.png` -> (`dir/a`, `seg.png`): the key ends at the first dot of the base name.
-
-    Extensions are lower case, as webdataset reads them. Raises HeaderError for names that would be lost or
-    point outside the shard.
-    """
-    while name.startswith("./"):
-        name = name[2:]
-    folder, slash, base = name.rpartition("/")
-    if name.startswith("/") or "\\" in name or ".." in folder.split("/"):
-        raise HeaderError(f"unsafe member name {name!r}")
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
-        raise HeaderError(f"control character in member name {name!r}")
-    stem, dot, ext = base.partition(".")
-    if not stem or not dot or not ext:
-        raise HeaderError(f"member name {name!r} is not key.extension, so it belongs to no sample")
-    return folder + slash + stem, ext.lower()
-
-
-class _Walk:
-    """State of one pass over a shard: the file, its size and the name known so far for messages."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file, self.path = file, path
-        self.size = os.fstat(file.fileno()).st_size
-        self.last = ""  # "key/ext" of the last whole member
-
-    def error(self, why: str, offset: int, name: str = "", *, fix: str = _FIX_SHARD) -> DataError:
-        place = f"{self.path}#{name}" if name else f"{self.path} (after {self.last or 'the start'})"
-        return DataError("damaged or unusable shard", where=f"{place} @{offset}", why=why, fix=fix)
-
-    def read(self, offset: int, size: int, what: str, name: str = "") -> bytes:
-        """Exactly `size` bytes at `offset`, or a DataError that calls it a truncation."""
-        if offset + size > self.size:
-            why = f"truncated: {what} needs {size} bytes, the file ends after {max(0, self.size - offset)}"
-            raise self.error(why, offset, name)
-        self.file.seek(offset)
-        data = self.file.read(size)
-        if len(data) != size:
-            raise self.error(f"truncated while reading {what}", offset, name)
-        return data
-
-    def crc32(self, offset: int, size: int, name: str) -> int:
-        """crc32 of a payload, read in pieces of 1 MiB."""
-        crc, end = 0, offset + size
-        if end > self.size:
-            self.read(offset, size, "the data", name)
-        while offset < end:
-            piece = min(_CHUNK, end - offset)
-            crc = zlib.crc32(self.read(offset, piece, "the data", name), crc)
-            offset += piece
-        return crc
-
-    def members(self) -> Iterator[tuple[str, MemberEntry]]:
-        """(full name, entry without ext) of every regular member, up to a proper end of archive."""
-        offset, name, size, pax = 0, None, None, False
-        while True:
-            block = self.read(offset, BLOCK, "a header or the end-of-archive block")
-            if block == _ZERO:
-                if name is not None or pax:
-                    raise self.error("an extended header is followed by no member", offset)
-                self._end(offset)
-                return
-            try:
-                header = parse_header(block)
-            except HeaderError as error:
-                claimed = block[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-                raise self.error(f"{error}; its name field reads {claimed!r}", offset) from None
-            data, kind = offset + BLOCK, header.kind
-            length = header.size if size is None or kind not in (b"0", b"\0") else size
-            if kind in (b"L", b"x"):
-                body = self._extended(data, header.size)
-                if kind == b"L":
-                    name = body.split(b"\0", 1)[0]
-                else:
-                    pax, (name, size) = True, self._pax(body, offset, name, size)
-            elif kind == b"g":
-                if self._pax(self._extended(data, header.size), offset, None, None) != (None, None):
-                    raise self.error("a global pax header sets the path or size of members", offset)
-            elif kind in (b"0", b"\0"):
-                full = self._text(name if name is not None else header.name, offset)
-                crc = self.crc32(data, length, full)
-                yield full, MemberEntry("", data, length, crc, header.name.decode("utf-8", "surrogateescape"))
-                name, size, pax = None, None, False
-            elif kind == b"5" and header.size == 0:
-                name, size, pax = None, None, False  # a folder: its files carry their full names
-            else:
-                raise self._refused(kind, header, name, offset)
-            offset = data + -(-length // BLOCK) * BLOCK
-
-    def _refused(self, kind: bytes, header: Header, name: bytes | None, offset: int) -> DataError:
-        what = _NOT_FILES.get(kind, f"an entry of type {kind!r}")
-        shown = (name if name is not None else header.name).decode("utf-8", "replace")
-        fix = "write the shard with regular files only"
-        return self.error(f"{what} is not a file", offset, shown, fix=fix)
-
-    def _extended(self, offset: int, size: int) -> bytes:
-        if size > _MAX_EXTENDED:
-            raise self.error(f"an extended header of {size} bytes", offset)
-        return self.read(offset, size, "an extended header")
-
-    def _text(self, raw: bytes, offset: int) -> str:
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.error(f"member name {raw!r} is not UTF-8", offset) from None
-
-    def _pax(
-        self, body: bytes, offset: int, name: bytes | None, size: int | None
-    ) -> tuple[bytes | None, int | None]:
-        """`path` and `size` of pax records `"<length> <key>=<value>\\n"`; other keys do not concern us."""
-        while body:
-            head, _, _ = body.partition(b" ")
-            length = int(head) if head.isdigit() and len(head) < 8 else 0
-            record = body[len(head) + 1 : length - 1] if length > len(head) + 1 else b""
-            key, equals, value = record.partition(b"=")
-            if length > len(body) or not equals or body[length - 1 : length] != b"\n":
-                raise self.error("malformed pax header", offset)
-            if key.startswith(b"GNU.sparse"):
-                raise self.error("sparse files are not supported", offset)
-            if key == b"path":
-                name = value
-            elif key == b"size":
-                if not value.isdigit():
-                    raise self.error(f"malformed pax size {value!r}", offset)
-                size = int(value)
-            body = body[length:]
-        return name, size
-
-    def _end(self, offset: int) -> None:
-        """Two zero blocks end a tar; only zeros may follow, in whole blocks."""
-        if self.read(offset + BLOCK, BLOCK, "the second end-of-archive block") != _ZERO:
-            raise self.error("a zero block inside the archive, or only one at its end", offset)
-        offset += 2 * BLOCK
-        if (self.size - offset) % BLOCK:
-            raise self.error("truncated: the file is not a whole number of 512-byte blocks", offset)
-        while offset < self.size:
-            piece = self.read(offset, min(_CHUNK, self.size - offset), "the padding after the end")
-            if piece.strip(b"\0"):
-                why = "data after the end of the archive (two tars joined?): readers would drop it silently"
-                raise self.error(why, offset, fix="join shards by listing both, or write one new shard")
-            offset += len(piece)
-
-
-def build_index(shard: Path) -> ShardIndex:
+def build_index(
+    shard: Path | str | ByteSource,
+    *,
+    hidden: Literal["refuse", "skip"] = "refuse",
+    interleaved: Literal["refuse", "regroup"] = "refuse",
+    dotted: Literal["refuse", "keep"] = "refuse",
+    tail: Literal["refuse", "quarantine"] = "refuse",
+    probe: bool = False,
+) -> ShardIndex:
     """Walk every header and payload of a shard and return its index (nothing is written).
 
-    Raises DataError for a missing file and for anything in it that is not a plain, whole, well-formed
-    shard: wrong header checksum, truncation, missing end of archive, links, devices, unsafe names, a repeated
-    member, a sample whose members are not adjacent.
+    shard: a path, a URL or an open byte source. hidden, interleaved, dotted: see `grouping.py`. tail: what to do
+    with a shard that is damaged or ends early; "quarantine" keeps the samples that are whole before the damage
+    (`made["quarantined"]` says what was lost and why). probe: also read sizes and durations of media.
+
+    Raises DataError for a missing file and for anything in it that is not a plain, whole, well-formed shard:
+    wrong header checksum, truncation, missing end of archive, links, devices, unsafe names, a repeated member, a
+    sample whose members are not adjacent.
     """
-    seen: dict[str, int] = {}
-    samples: list[tuple[str, list[MemberEntry]]] = []
+    policy = Policy(hidden, interleaved, dotted)
+    where = shard_name(shard)
+    if isinstance(shard, Path | str) and codec_of_shard(where) is not None:
+        why, fix = (
+            "compressed shards have no random access",
+            "unpack it, or list it in a config: it is unpacked once",
+        )
+        raise DataError("compressed shard", where=where, why=why, fix=fix)
     try:
-        with open(shard, "rb") as file:
-            walk = _Walk(file, shard)
-            for full, entry in walk.members():
-                try:
-                    key, ext = split_name(full)
-                except HeaderError as error:
-                    fix = "rename or leave out this member and write the shard again"
-                    raise walk.error(str(error), entry.offset - BLOCK, full, fix=fix) from None
-                name, at = f"{key}/{ext}", entry.offset - BLOCK
-                entry = MemberEntry(ext, entry.offset, entry.size, entry.crc32, entry.header_name)
-                if not samples or samples[-1][0] != key:
-                    if key in seen:
-                        why = f"the members of sample {key!r} are not adjacent (it began @{seen[key]})"
-                        fix = "write the members of a sample together; keys must be unique"
-                        raise walk.error(why, at, name, fix=fix)
-                    seen[key] = at
-                    samples.append((key, []))
-                elif any(m.ext == ext for m in samples[-1][1]):
-                    raise walk.error(f"member {ext!r} occurs twice in sample {key!r}", at, name)
-                samples[-1][1].append(entry)
-                walk.last = name
-            size = walk.size
+        source: Any = LocalBytes(Path(str(shard))) if _is_local(shard) else _open(shard)
     except OSError as error:
-        raise DataError("cannot read shard", where=str(shard), why=str(error), fix="check the path") from None
-    return ShardIndex(size, tuple(SampleEntry(key, tuple(members)) for key, members in samples))
+        raise DataError("cannot read shard", where=where, why=str(error), fix="check the path") from None
+    try:
+        walk = Walk(source, where, describe=describe)
+        lost: dict[str, Any] = {}
+        try:
+            members = walk.run()
+        except DataError as error:
+            if tail == "refuse" or interleaved == "regroup":
+                raise
+            members, lost = _before_damage(walk, error)
+        groups = group(members, policy, walk.error)
+        made: dict[str, Any] = {"policy": {"hidden": hidden, "interleaved": interleaved, "dotted": dotted}}
+        made |= {"skipped": groups.skipped} if groups.skipped else {}
+        made |= {"quarantined": lost} if lost else {}
+        version = "" if _is_local(shard) else _version_of(source)
+        columns = _columns(members, groups, walk)
+        index = ShardIndex(
+            columns,
+            {"shard_size": walk.size, "version": version, "extensions": groups.extensions, "made": made},
+        )
+        if probe:
+            from ringweave.data_pipes.media_probe import probe_shard
+
+            columns["media"] = probe_shard(index, source)
+    except OSError as error:
+        raise DataError("cannot read shard", where=where, why=str(error), fix="check the path") from None
+    finally:
+        if _is_local(shard) or isinstance(shard, str):
+            source.close()
+    return index
+
+
+def _before_damage(walk: Walk, error: DataError) -> tuple[Members, dict[str, Any]]:
+    """The members of the samples that are surely whole: all but those of the last key."""
+    members = walk.members
+    keys = [describe(name).rpartition("/")[0] for name in members.names]
+    whole = len(keys)
+    while whole and keys[whole - 1] == keys[-1]:
+        whole -= 1
+    dropped = members.names[whole:]
+    for column in (members.names, members.offsets, members.sizes, members.crc32, members.header_crc32):
+        del column[whole:]
+    members.headers = {number: name for number, name in members.headers.items() if number < whole}
+    return members, {"why": error.why, "where": error.where.rpartition(" ")[2], "members": dropped}
+
+
+def _columns(members: Members, groups: Groups, walk: Walk) -> Columns:
+    """The columns of a shard, members in the order of the samples."""
+    if len(groups.extensions) >= _MAX_EXTENSIONS:
+        why = f"{len(groups.extensions)} different extensions: the names are probably not key.extension"
+        raise walk.error(why, 0, fix="rename the members and write the shard again")
+    order = groups.order
+    columns: Columns = {
+        "keys": np.frombuffer("\n".join(groups.keys).encode("utf-8"), np.uint8),
+        "key_hash": hash_keys(groups.keys),
+        "starts": groups.starts,
+        "extension": groups.extension_ids.astype(np.uint16),
+    }
+    for name, column, kind in (
+        ("offsets", members.offsets, np.int64),
+        ("sizes", members.sizes, np.int64),
+        ("crc32", members.crc32, np.uint32),
+        ("header_crc32", members.header_crc32, np.uint32),
+    ):
+        array = np.asarray(column, kind)
+        columns[name] = array if order is None else array[order]
+    odd = _odd_headers(members, groups)
+    if odd:
+        columns["header_names"] = np.frombuffer(json.dumps(odd).encode(), np.uint8)
+    return columns
+
+
+def _odd_headers(members: Members, groups: Groups) -> dict[int, str]:
+    """Member -> name in its tar header, where that is not `key.ext`."""
+    order = groups.order
+    if groups.exact and not members.headers:
+        return {}
+    exts = [groups.extensions[i] for i in groups.extension_ids.tolist()]
+    keys = itertools.chain.from_iterable(map(itertools.repeat, groups.keys, np.diff(groups.starts).tolist()))
+    expected = map("{}.{}".format, keys, exts)
+    walked = range(len(members)) if order is None else order.tolist()
+    names = [members.headers.get(i, members.names[i]) for i in walked]
+    return {at: name for at, (name, wanted) in enumerate(zip(names, expected)) if name != wanted}
+
+
+def _is_local(shard: Path | str | ByteSource) -> bool:
+    return isinstance(shard, Path) or (isinstance(shard, str) and "://" not in shard)
+
+
+def _open(shard: Path | str | ByteSource) -> ByteSource:
+    """A source as it is, a URL opened with the usual options."""
+    return open_source(shard) if isinstance(shard, str | Path) else shard
+
+
+def shard_name(shard: Path | str | ByteSource) -> str:
+    """How messages name a shard: a path as it is, a URL without its secrets."""
+    if isinstance(shard, Path) or _is_local(shard):
+        return str(shard)
+    return redact(shard)
 
 
 def write_index(shard: Path, index: ShardIndex) -> Path:
-    """Store the index beside the shard: temporary file, fsync, rename. Returns the sidecar's path."""
-    target = index_path(shard)
+    """Store the index beside the shard: temporary file, fsync, rename. Returns the sidecar's path.
+
+    A sidecar of format 1 is taken away afterwards: two of them could disagree.
+    """
+    target = shard.with_name(shard.name + _SUFFIX)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(index.to_json())
+        with open(temporary, "wb") as file:
+            file.write(index.to_bytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+    target.with_name(target.name + ".json").unlink(missing_ok=True)
     return target
 
 
-def load_index(shard: Path) -> ShardIndex:
-    """The index of a shard, checked against the shard's size.
+def load_index(
+    shard: Path | str | ByteSource, *, sidecar: Path | str | ByteSource | None = None
+) -> ShardIndex:
+    """The index of a shard, checked against the shard's size (and etag, where both are known).
 
-    Raises DataError when the shard is missing, and when the index is missing, malformed or stale, with
-    `ringweave data index DIR` as the fix.
+    sidecar: where the index lies, if not beside the shard. Raises DataError when the shard is missing, and when
+    the index is missing, malformed or stale, with `ringweave data index DIR` as the fix.
     """
-    path = index_path(shard)
-    fix = f"run `ringweave data index {shard.parent}`"
+    where = shard_name(shard)
+    fix = f"run `ringweave data index {Path(where).parent}`"
+    if not _is_local(shard):
+        fix = "run `ringweave data index DIR` on a copy on disk, and put its .idx files beside the shards"
+    if _is_local(shard):
+        path = Path(str(shard))
+        try:
+            size, version = os.stat(path).st_size, ""
+        except OSError as error:
+            raise DataError("missing shard", where=where, why=str(error), fix="check the path") from None
+        sidecar = sidecar if sidecar is not None else index_path(path)
+        name = Path(str(sidecar)).name if _is_local(sidecar) else shard_name(sidecar)
+        data = _sidecar_bytes(sidecar, where, name, fix)
+    else:
+        source = _open(shard)
+        try:
+            size, version = source.size(), _version_of(source)
+            sidecar = sidecar if sidecar is not None else source.sibling(_SUFFIX)
+            name = shard_name(sidecar)
+            data = _sidecar_bytes(sidecar, where, name, fix)
+        finally:
+            if isinstance(shard, str):
+                source.close()
     try:
-        size = os.stat(shard).st_size
-    except OSError as error:
-        raise DataError("missing shard", where=str(shard), why=str(error), fix="check the path") from None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError("shard without an index", where=str(shard), why=f"no {path.name}", fix=fix) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("unreadable index", where=str(path), why=str(error), fix=fix) from None
-    try:
-        index = _parse(text)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        index = ShardIndex(*parse_index(data))
+    except ValueError as error:
         why = f"not an index of format {FORMAT}: {error}"
-        raise DataError("malformed index", where=str(path), why=why, fix=fix) from None
+        raise DataError("malformed index", where=shard_name(sidecar), why=why, fix=fix) from None
     if index.shard_size != size:
         why = f"it was made for a shard of {index.shard_size} bytes, the shard has {size}"
-        raise DataError("stale index", where=f"{shard} ({path.name})", why=why, fix=fix)
+        raise DataError("stale index", where=f"{where} ({name})", why=why, fix=fix)
+    if index.version and version and index.version != version:
+        why = f"it was made for version {index.version} of the shard, the store has {version}"
+        raise DataError("stale index", where=f"{where} ({name})", why=why, fix=fix)
     return index
 
 
-def index_folder(
-    folder: Path, *, rebuild: bool = False, progress: Callable[[str, int, int], None] | None = None
-) -> list[Path]:
-    """Index every `*.tar` of a folder whose index is missing, malformed or stale (all with `rebuild`).
+def _version_of(source: ByteSource) -> str:
+    """The etag of a remote shard; "" for a file, whose time says nothing about its bytes."""
+    return "" if isinstance(source, LocalFile) else source.version()
 
-    Returns the sidecars written. Raises DataError at the first damaged shard; those before it stay indexed.
+
+def _sidecar_bytes(sidecar: Path | str | ByteSource, where: str, name: str, fix: str) -> bytes:
+    try:
+        if _is_local(sidecar):
+            return Path(str(sidecar)).read_bytes()
+        source = _open(sidecar)
+        try:
+            return bytes(source.read(0, source.size()))
+        finally:
+            if isinstance(sidecar, str):
+                source.close()
+    except FileNotFoundError:
+        raise DataError("shard without an index", where=where, why=f"no {name}", fix=fix) from None
+    except OSError as error:
+        raise DataError("unreadable index", where=shard_name(sidecar), why=str(error), fix=fix) from None
+    except DataError as error:
+        why = f"{name} cannot be read: {error.what}; {error.why}"
+        raise DataError("shard without an index", where=where, why=why, fix=fix) from None
+
+
+def index_folder(
+    folder: Path,
+    *,
+    rebuild: bool = False,
+    store: Store | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> list[Path]:
+    """Index every shard of a folder whose index is missing, malformed or stale (all with `rebuild`).
+
+    store: for packed shards, whose indexes lie in its cache. options: those of `build_index`. Returns the sidecars
+    written. Raises DataError at the first damaged shard, and for a packed one without a cache; those before it stay
+    indexed.
     """
-    if not folder.is_dir():
-        raise DataError("no such folder", where=str(folder), fix="give the folder that holds the shards")
+    from ringweave.data_pipes.store import stored
+
     written: list[Path] = []
-    shards = sorted(folder.glob("*.tar"))
+    shards = shard_files(folder)
     for done, shard in enumerate(shards, start=1):
-        if rebuild or not _has_index(shard):
-            written.append(write_index(shard, build_index(shard)))
+        packed = stored(store.shard(shard)) if store is not None else stored(shard)
+        if packed is not None:
+            made = packed.ensure_index(rebuild=rebuild, **options)
+            written += [made] if made is not None else []
+        elif rebuild or not _has_index(shard):
+            written.append(write_index(shard, build_index(shard, **options)))
         if progress is not None:
             progress(shard.name, done, len(shards))
     return written
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder by name, packed ones too. Raises DataError for no folder."""
+    if not folder.is_dir():
+        raise DataError("no such folder", where=str(folder), fix="give the folder that holds the shards")
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return [folder / n for n in names if n.endswith(".tar") or codec_of_shard(n) is not None]
 
 
 def _has_index(shard: Path) -> bool:
@@ -386,36 +317,3 @@ def _has_index(shard: Path) -> bool:
     except DataError:
         return False
     return True
-
-
-def _row(key: str, member: MemberEntry) -> list[str | int]:
-    row: list[str | int] = [member.ext, member.offset, member.size, member.crc32]
-    return row if member.header_name == f"{key}.{member.ext}" else [*row, member.header_name]
-
-
-def _parse(text: str) -> ShardIndex:
-    """JSON text -> index. Any departure from the format is a ValueError, KeyError or TypeError."""
-    raw = json.loads(text)
-    if raw["format"] != FORMAT:
-        raise ValueError(f"format is {raw['format']!r}")
-    size = raw["shard_size"]
-    if type(size) is not int:
-        raise ValueError("shard_size is not a whole number")
-    samples: list[SampleEntry] = []
-    for sample in raw["samples"]:
-        key, members = sample["key"], []
-        for ext, offset, length, crc, *rest in sample["members"]:
-            name = rest[0] if rest else f"{key}.{ext}"
-            strings, numbers = (key, ext, name), (offset, length, crc)
-            if len(rest) > 1 or not all(isinstance(s, str) for s in strings):
-                raise ValueError(f"bad member row of sample {key!r}")
-            if not all(type(n) is int and n >= 0 for n in numbers) or not BLOCK <= offset <= size - length:
-                raise ValueError(f"bad numbers for member {ext!r} of sample {key!r}")
-            members.append(MemberEntry(ext, offset, length, crc, name))
-        if not members:
-            raise ValueError(f"sample {key!r} has no members")
-        samples.append(SampleEntry(key, tuple(members)))
-    index = ShardIndex(size, tuple(samples))
-    if raw["count"] != index.count or raw["crc32"] != index.crc32:
-        raise ValueError("its count or crc32 does not match its samples")
-    return index

@@ -14,12 +14,13 @@ from ringweave.tokenizers.segment import MODALITY_ID, Document, Segment
 PAD_ID = 0
 
 
-def materialise(plan: PackPlan, document_of: Callable[[Piece], Document]) -> Pack:
+def materialise(plan: PackPlan, document_of: Callable[[Piece], Document | None]) -> Pack:
     """Reads the documents of a plan into a `Pack`.
 
     The target of a slot is the next token of its *document*, also where that token lies in the next piece
-    of a split document; the last token of a document has none. Raises DataError if a piece reaches beyond
-    its document or the pieces beyond the context.
+    of a split document; the last token of a document has none. A piece of a document that is not there (None)
+    is padding: its slots are as if no document were planned there, and the others keep theirs. Raises DataError
+    if a piece reaches beyond its document or the pieces beyond the context.
     """
     if plan.tokens > plan.context:
         raise DataError(f"pack {plan.index} holds {plan.tokens} tokens in a context of {plan.context}")
@@ -38,7 +39,9 @@ def materialise(plan: PackPlan, document_of: Callable[[Piece], Document]) -> Pac
     )
     at = 0
     for number, piece in enumerate(plan.pieces):
-        _write(pack, at, number, piece, document_of(piece))
+        document = document_of(piece)
+        if document is not None:
+            _write(pack, at, number, piece, document)
         at += len(piece)
     return pack
 

@@ -15,6 +15,23 @@ EXIT_STORAGE = 6
 EXIT_RESUMABLE = 75
 
 
+_DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def printable(text: str) -> str:
+    """Text from data for a terminal: control, escape and text-direction characters become U+FFFD."""
+    return "".join("\ufffd" if _is_control(c) else c for c in text)
+
+
+def _is_control(c: str) -> bool:
+    return (
+        (ord(c) < 32 and c not in "\n\t")
+        or 127 <= ord(c) < 160
+        or c in _DIRECTION
+        or 0xD800 <= ord(c) < 0xE000
+    )
+
+
 class UserError(Exception):
     """A failure the user can act on. `what` is required; the rest is printed when given."""
 
@@ -25,12 +42,12 @@ class UserError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """The message as printed: one line a part, empty parts left out."""
+        """The message as printed: one line a part, empty parts left out; nothing from data that a terminal obeys."""
         parts = [self.what]
         parts += [f"  where: {self.where}"] if self.where else []
         parts += [f"  why:   {self.why}"] if self.why else []
         parts += [f"  next:  {self.fix}"] if self.fix else []
-        return "\n".join(parts)
+        return printable("\n".join(parts))
 
     def as_dict(self) -> dict[str, object]:
         """The same, for `--json` and exit.json."""

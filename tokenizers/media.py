@@ -1,6 +1,6 @@
 """Bytes to arrays, for input nobody vouches for.
 
-Images by Pillow (PNG, JPEG, WEBP), audio by soundfile (WAV, FLAC, OGG), video by PyAV (MP4/MOV, Matroska/
+Images by Pillow (PNG, JPEG, WEBP), audio by soundfile (WAV, FLAC, OGG, MP3), video by PyAV (MP4/MOV, Matroska/
 WebM, AVI). The container is recognised by its first bytes and given to the library by name, so nothing is
 probed: FFmpeg's playlist formats, which would open other files, are out of reach. Sizes are checked before
 pixels are decoded. Whatever goes wrong is a `DataError` naming `where`; a cut-off file is an error, never a
@@ -20,12 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.mp3 import find_cut, is_mp3
 
 MAX_PIXELS = 1 << 26  # of one image: 64 megapixels
 MAX_SAMPLES = 1 << 28  # of one clip, all channels: 93 minutes of 48 kHz mono
+MAX_SECONDS = 4 * 3600  # of one clip: a rate of 1 Hz would grow without bound when it is resampled
 MAX_VIDEO_PIXELS = 1 << 30  # of one clip, all frames
+MAX_VIDEO_SECONDS = 24 * 3600  # from the first frame to the last
+SAMPLE_RATES = (1000, 768_000)  # Hz, lowest and highest
+MAX_CHANNELS = 64
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-AUDIO_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+AUDIO_FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+_AUDIO_AT_ONCE = 1 << 20  # samples of all channels decoded at a time
 
 av.logging.set_level(av.logging.PANIC)
 logging.getLogger("libav").setLevel(logging.CRITICAL)
@@ -96,25 +102,39 @@ def decode_audio(data: bytes, *, where: str, max_samples: int = MAX_SAMPLES) -> 
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.format not in AUDIO_FORMATS:
                 raise _refuse("audio", where, f"format {file.format}; readable: {', '.join(AUDIO_FORMATS)}")
-            if file.frames * file.channels > max_samples:
-                raise _refuse("audio", where, f"{file.frames} x {file.channels} samples, limit {max_samples}")
             rate, wanted = int(file.samplerate), file.frames
-            if file.subtype in ("PCM_16", "PCM_S8", "PCM_U8"):
-                samples = file.read(dtype="int16", always_2d=True)
-            else:
-                values = file.read(dtype="float64", always_2d=True)
-                if not np.isfinite(values).all():
-                    raise _refuse("audio", where, "it holds non-finite samples")
-                samples = np.clip(np.rint(values * 32768), -32768, 32767).astype(np.int16)
+            if wanted > MAX_SECONDS * rate:
+                raise _refuse("audio", where, f"{wanted} samples at {rate} Hz, limit {MAX_SECONDS} s")
+            if file.channels > MAX_CHANNELS or not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+                raise _refuse("audio", where, f"{file.channels} channels at {rate} Hz")
+            if wanted * file.channels > max_samples:
+                raise _refuse("audio", where, f"{wanted} x {file.channels} samples, limit {max_samples}")
+            samples = _read_audio(file, where)
         if len(samples) != wanted:
             raise _refuse("audio", where, f"{len(samples)} of {wanted} samples could be read")
-        if rate <= 0 or not len(samples):
-            raise _refuse("audio", where, f"{len(samples)} samples at {rate} Hz")
+        if not len(samples):
+            raise _refuse("audio", where, f"no samples at {rate} Hz")
         return samples, rate
     except DataError:
         raise
     except Exception as error:
         raise _refuse("audio", where, f"{type(error).__name__}: {error}") from error
+
+
+def _read_audio(file: Any, where: str) -> NDArray[np.int16]:
+    """int16 [T, channels], piece by piece: a header that promises more than there is costs no memory."""
+    pieces = [np.zeros((0, file.channels), np.int16)]
+    exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
+    while True:
+        count = max(1, _AUDIO_AT_ONCE // file.channels)
+        piece = file.read(count, dtype="int16" if exact else "float64", always_2d=True)
+        if not exact:
+            if not np.isfinite(piece).all():
+                raise _refuse("audio", where, "it holds non-finite samples")
+            piece = np.clip(np.rint(piece * 32768), -32768, 32767).astype(np.int16)
+        pieces.append(piece)
+        if len(piece) < count:
+            return np.concatenate(pieces)
 
 
 def _check_audio_end(data: bytes, where: str) -> None:
@@ -134,6 +154,8 @@ def _check_audio_end(data: bytes, where: str) -> None:
         complete = len(table) == count and last + 27 + count + sum(table) <= len(data)
         if not complete or not data[last + 5] & 4:
             raise _refuse("audio", where, "the stream ends before its last page")
+    elif is_mp3(data) and (cut := find_cut(data)):
+        raise _refuse("audio", where, cut)
 
 
 def _container(data: bytes) -> str | None:
@@ -221,6 +243,8 @@ def _read_video(
             raise _refuse("video", where, f"frame {len(frames)} is damaged")
         if frame.time is None or (times and not frame.time > times[-1]):
             raise _refuse("video", where, f"frame {len(frames)} has no time after its predecessor's")
+        if frame.time - (times[0] if times else frame.time) > MAX_VIDEO_SECONDS:
+            raise _refuse("video", where, f"frame {len(frames)} comes {frame.time:.0f} s in")
         pixels = frame.to_ndarray(format="rgb24")
         turns = round(getattr(frame, "rotation", 0) / 90) % 4
         frames.append(np.rot90(pixels, turns) if turns else pixels)

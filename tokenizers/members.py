@@ -16,7 +16,7 @@ from ringweave.tokenizers.media import decode_audio, decode_image, decode_video
 
 Members = Mapping[str, bytes]
 PICTURES = ("png", "jpg", "jpeg", "webp")
-SOUNDS = ("flac", "wav", "ogg")
+SOUNDS = ("flac", "wav", "ogg", "mp3")
 CLIPS = ("mp4", "mkv", "webm", "mov", "avi")
 _LAYER = re.compile(r"layer(\d+)\.png")
 

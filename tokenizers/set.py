@@ -167,6 +167,36 @@ class TokenizerSet:
         grids = [self._picture_ids(grid, time=int(t)) for grid, t in zip(codes, units)]
         return self._framed("video", _joined(grids, EOF), role, weight)
 
+    def codes_segment(
+        self,
+        codes: I32,
+        *,
+        codebook: int,
+        times: NDArray[np.float64] | None = None,
+        role: Role = "target",
+        weight: float = 1.0,
+    ) -> Segment:
+        """Codes int [T, H, W] made by another program with a codebook of `codebook` entries.
+
+        With `times` [T] in seconds a video, else the one picture codes[0]. Raises VocabularyError unless the
+        image block has `codebook` ids, DataError for codes outside it.
+        """
+        size = self._blocks_or_raise("image")[0].size
+        if size != codebook:
+            raise VocabularyError(
+                f"codes of a codebook of {codebook} do not fit these tokenizers",
+                why=f"their image block has {size} ids",
+                fix=f"use tokenizers whose image codec has {codebook} codes, or leave this source out",
+            )
+        codes = np.asarray(codes)
+        if codes.ndim != 3 or not codes.size or codes.min() < 0 or codes.max() >= codebook:
+            raise DataError(f"picture codes must be [T, H, W] in [0, {codebook}), got {list(codes.shape)}")
+        if times is None:
+            return self._framed("image", [self._picture_ids(codes[0].astype(np.int32))], role, weight)
+        units = np.rint((times - times[0]) * (1000 / TIME_UNIT_MS)).astype(int)
+        grids = [self._picture_ids(grid.astype(np.int32), time=int(t)) for grid, t in zip(codes, units)]
+        return self._framed("video", _joined(grids, EOF), role, weight)
+
     def rgba_segment(
         self, layers: Sequence[NDArray[np.uint8]], *, role: Role = "target", weight: float = 1.0
     ) -> Segment:

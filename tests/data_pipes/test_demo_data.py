@@ -69,6 +69,7 @@ def test_counts_shards_and_indexes(demo: tuple[Path, dict[str, dict[str, int]]])
         assert [problem for path in train + heldout for problem in check_shard(path)] == []
 
 
+@pytest.mark.slow
 def test_two_builds_are_byte_identical(demo: tuple[Path, dict[str, dict[str, int]]], tmp_path: Path) -> None:
     """The second one in two processes, and over the remains of an earlier build."""
     (tmp_path / "text-train-0099.tar").write_bytes(b"old")

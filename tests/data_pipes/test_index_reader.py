@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_shard_writer_output_is_read(tmp_path: Path) -> None:
     with webdataset.ShardWriter(str(tmp_path / "w-%04d.tar"), maxcount=2, verbose=0, encoder=False) as writer:
         for i, members in enumerate(SAMPLES):
             writer.write({"__key__": f"dir/k{i}", **members})
-    assert [p.name for p in index_folder(tmp_path)] == ["w-0000.tar.idx.json", "w-0001.tar.idx.json"]
+    assert [p.name for p in index_folder(tmp_path)] == ["w-0000.tar.idx", "w-0001.tar.idx"]
     shards = expand_shards("w-{0000..0001}.tar", tmp_path)
     assert [m for s in shards for m in read_all(s)] == SAMPLES
 
@@ -257,23 +258,73 @@ def test_tar_forms_and_long_names(tmp_path: Path, form: int) -> None:
     assert check_shard(path) == []
 
 
-def test_index_faults_name_the_command(shard: Path) -> None:
-    path = index_path(shard)
-    good = path.read_text()
-    raw = json.loads(good)
+def json_index(shard: Path) -> dict[str, object]:
+    """The sidecar an earlier version wrote (format 1)."""
+    samples = [
+        {"key": s.key, "members": [[m.ext, m.offset, m.size, m.crc32] for m in s.members]}
+        for s in build_index(shard).samples
+    ]
+    crc = zlib.crc32(json.dumps(samples, separators=(",", ":")).encode())
+    head = {"format": "ringweave-shard-index/1", "shard_size": shard.stat().st_size}
+    return {**head, "count": len(samples), "crc32": crc, "samples": samples}
+
+
+def test_an_index_of_format_1_is_read_and_then_replaced(shard: Path) -> None:
+    new = load_index(shard)
+    index_path(shard).unlink()
+    old = shard.with_name(shard.name + ".idx.json")
+    old.write_text(json.dumps(json_index(shard)))
+    assert index_path(shard) == old
+    index = load_index(shard)
+    assert index == new
+    assert index.crc32 == new.crc32
+    assert read_all(shard) == SAMPLES  # headers are parsed where their crc32 is not known
+    assert check_shard(shard) == []
+    assert index_folder(shard.parent) == []
+    assert index_folder(shard.parent, rebuild=True) == [shard.with_name(shard.name + ".idx")]
+    assert not old.exists()
+
+
+def test_faults_of_a_format_1_index_name_the_command(shard: Path) -> None:
+    index_path(shard).unlink()
+    raw = json_index(shard)
+    good, path = json.dumps(raw), shard.with_name(shard.name + ".idx.json")
     broken = {
         "cut": good[:-20],
-        "not json": "\x00",
         "list": "[]",
         "format": json.dumps({**raw, "format": "other"}),
         "count": json.dumps({**raw, "count": 9}),
         "row": json.dumps({**raw, "samples": [{"key": "k0", "members": [["txt", -1, 5, 0]]}]}),
         "rows": json.dumps({**raw, "samples": [{"key": "k0", "members": 3}]}),
         "flip": good.replace('"k1"', '"k7"'),
-        "deep": "[" * 100_000,
+        "deep": '{"format":' + "[" * 100_000,
+        "size": json.dumps({**raw, "shard_size": "many"}),
     }
     for name, text in broken.items():
         path.write_text(text)
+        with pytest.raises(DataError) as caught:
+            load_index(shard)
+        assert caught.value.what == "malformed index", name
+        assert_names(caught.value, path.name, f"ringweave data index {shard.parent}")
+
+
+def test_index_faults_name_the_command(shard: Path) -> None:
+    path = index_path(shard)
+    good = path.read_bytes()
+    broken = {
+        "cut": good[:-20],
+        "empty": b"",
+        "not an index": b"\x00",
+        "list": b"[]",
+        "longer": good + b"\0" * 8,
+        "format": good.replace(b"shard-index/2", b"shard-index/9"),
+        "metadata": good.replace(b"txt", b"tyt"),
+        "key": good.replace(b"k1", b"k7"),
+        "header": (1 << 60).to_bytes(8, "little") + good[8:],
+    }
+    for name, data in broken.items():
+        assert data != good, name
+        path.write_bytes(data)
         with pytest.raises(DataError) as caught:
             load_index(shard)
         assert caught.value.what == "malformed index", name
@@ -283,12 +334,25 @@ def test_index_faults_name_the_command(shard: Path) -> None:
         load_index(shard)
     assert_names(caught.value, f"ringweave data index {shard.parent}")
     assert index_folder(shard.parent) == [path]
-    assert path.read_text() == good
+    assert path.read_bytes() == good
     assert index_folder(shard.parent) == []
 
 
+def test_any_flipped_byte_of_an_index_is_noticed(shard: Path) -> None:
+    path = index_path(shard)
+    good = path.read_bytes()
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ (1 << at % 8)]) + good[at + 1 :])
+        try:
+            index = load_index(shard)
+        except DataError:
+            continue
+        assert index == load_index(shard)  # spaces of the header may change
+        assert index.to_bytes() == good, at
+
+
 def test_index_write_is_atomic(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = index_path(shard).read_text()
+    good = index_path(shard).read_bytes()
 
     def crash(source: object, target: object) -> None:
         raise KeyboardInterrupt
@@ -296,7 +360,7 @@ def test_index_write_is_atomic(shard: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(index_module.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         write_index(shard, build_index(shard))
-    assert index_path(shard).read_text() == good
+    assert index_path(shard).read_bytes() == good
     assert sorted(p.name for p in shard.parent.iterdir()) == [shard.name, index_path(shard).name]
 
 
