@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from ringweave.pretrain import yaml_lines
 from ringweave.pretrain.config_checks import DEFAULT_PLANS, PLAN_ITEMS, CrossFieldError
+from ringweave.pretrain.config_data import DataSection, Source
 from ringweave.pretrain.config_schema import (
     MODALITIES,
     CheckpointSection,
-    DataSection,
     Layout,
     LogSection,
     ModelSection,
@@ -25,7 +25,6 @@ from ringweave.pretrain.config_schema import (
     OptimizerSection,
     RunConfig,
     RunSection,
-    Source,
     Stage,
     TimeoutSection,
     TokenizersSection,
@@ -248,10 +247,13 @@ def _apply_override(values: dict[str, Any], item: str) -> KeyPath:
 
 
 _HARMLESS = re.compile(
-    r"(run\.(dir|name)|log(\..*)?|checkpoint(\..*)?|timeout(\..*)?|tokenizers\.dir|data\.dir|data\.sources\.\d+\.heldout"
+    r"(run\.(dir|name)|log(\..*)?|checkpoint(\..*)?|timeout(\..*)?|tokenizers\.dir|data\.dir|data\.sources\.\d+\.(heldout|pipe)(\..*)?"
+    r"|data\.(workers|remote|cache|quarantine)(\..*)?|data\.allow_pipe"
     r"|stages\.\d+\.layout(\..*)?|stages\.\d+\.(micro_batch|recompute)|model\.head_chunk|engine(\..*)?)"
 )
-_IMPOSSIBLE = re.compile(r"model\..*|data\.sources\.\d+\.(name|plan|shards)(\..*)?|run\.seed")
+_IMPOSSIBLE = re.compile(
+    r"model\..*|data\.sources\.\d+\.(name|plan|shards)(\..*)?|run\.seed|data\.(lanes|epochs)"
+)
 
 
 def resume_differences(saved: dict[str, Any], now: RunConfig) -> list[Difference]:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ringweave.data_pipes.plan_items import ITEMS, parse_entry
+
 if TYPE_CHECKING:
     from ringweave.pretrain.config_schema import Layout, ModelSection, RunConfig, Stage
 
-#: What a plan may name, in the order of docs/config.md. A trailing "?" makes the item optional.
+#: What a plan may name, in the order of docs/config.md. A trailing "?" makes the item a condition: seen, without loss.
 PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video")
 
 #: The plan of each source of the demo data, for commands that are given no config.
@@ -37,11 +39,15 @@ class CrossFieldError(Exception):
 
 
 def check_plan_item(item: str) -> None:
-    """ValueError unless `item` is a known plan item, optionally with a trailing `?`."""
-    if item.removesuffix("?") not in PLAN_ITEMS:
+    """ValueError unless `item` is a known plan item, with an argument it takes or none, and maybe a `?`."""
+    try:
+        parse_entry(item)
+    except ValueError as error:
+        if item.removesuffix("?").partition(":")[0] in ITEMS:
+            raise ValueError(f"expected another plan entry than {item[:80]!r}: {error}") from None
         raise ValueError(
-            f"expected plan items of {', '.join(PLAN_ITEMS)} (each may end in '?'), got {item!r}"
-        )
+            f"expected plan items of {', '.join(PLAN_ITEMS)} (each may end in '?') or fields, got {item[:80]!r}"
+        ) from None
 
 
 def cross_problems(config: RunConfig, *, world: int | None = None) -> list[Finding]:

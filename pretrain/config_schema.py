@@ -11,25 +11,17 @@ import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ringweave.pretrain.config_checks import LOOPED, CrossFieldError, check_plan_item, cross_problems
+from ringweave.pretrain.config_base import Count, NonNegative, Positive, Section
+from ringweave.pretrain.config_checks import LOOPED, CrossFieldError, cross_problems
+from ringweave.pretrain.config_data import DataSection
 from ringweave.pretrain.config_layouts import with_suggestions
 from ringweave.pretrain.errors import redact
 from ringweave.pretrain.units import Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
 
 #: Names of tokenizers/segment.py's MODALITIES; repeated here so that reading a config imports no numpy.
 MODALITIES = ("control", "text", "image", "rgba", "video", "audio", "score")
-
-Count = Annotated[Whole, Field(ge=1)]
-NonNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys forbidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class RunSection(Section):
@@ -44,30 +36,6 @@ class TokenizersSection(Section):
     """Folder of a fitted tokenizer set (`ringweave tokenizer train`)."""
 
     dir: Text
-
-
-class Source(Section):
-    """One stream of records: shards, how a record becomes a document, its share of the tokens."""
-
-    name: Text
-    shards: Text
-    heldout: Text | None = None
-    plan: Annotated[tuple[Text, ...], Field(min_length=1)]
-    weight: NonNegative = 1.0
-
-    @field_validator("plan")
-    @classmethod
-    def _plan_items(cls, plan: tuple[str, ...]) -> tuple[str, ...]:
-        for item in plan:
-            check_plan_item(item)
-        return plan
-
-
-class DataSection(Section):
-    """Folder of the shards and the sources in it."""
-
-    dir: Text
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
 class ModelSection(Section):

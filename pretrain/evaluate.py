@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ringweave.data_pipes.corpus import Corpus
 from ringweave.data_pipes.pack import Pack
 from ringweave.data_pipes.planner import PackPlanner, plan_once
 from ringweave.data_pipes.stream import PackStream
 from ringweave.pretrain.batch import collate
+from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.export import load_run
 from ringweave.pretrain.job import open_corpus
 from ringweave.pretrain.models.lwm import LWM
@@ -40,28 +43,14 @@ def evaluate_run(
     torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine, whatever training was told
     model, saved, config = load_run(run_dir)
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
-    heldout = open_corpus(config, manifest, heldout=True)
-    if not heldout.lengths:
-        raise DataError(
-            "no source has held-out shards", where="data.sources[].heldout", fix="name them in the config"
+    with (
+        closing(open_corpus(config, manifest, heldout=True)) as heldout,
+        closing(open_corpus(config, manifest)) as training,
+    ):
+        context = (
+            context or config.stages[min(saved.manifest["cursor"]["stage"], len(config.stages) - 1)].context
         )
-    training = open_corpus(config, manifest)
-    context = context or config.stages[min(saved.manifest["cursor"]["stage"], len(config.stages) - 1)].context
-    lengths = {n: _first(v, max_tokens_per_source) for n, v in heldout.lengths.items()}
-    plans = plan_once(lengths, context=context)
-    planner = PackPlanner(lengths=lengths, weights=dict.fromkeys(lengths, 1.0), seed=0, context=context)
-    stream = PackStream(heldout, planner)
-    packs = (stream.materialise(plan) for plan in plans)
-    sums, counts = heldout_sums(model, packs, prefix=config.model.attention == "prefix")
-    figures = {
-        m: {
-            "loss": float(sums[i] / counts[i]),
-            "tokens": round(float(counts[i])),
-            "unigram_entropy": training.unigram_entropy(m),
-        }
-        for i, m in enumerate(MODALITIES)
-        if counts[i] > 0
-    }
+        figures = _figures(model, heldout, training, config, context, max_tokens_per_source)
     folder = RunFolder(run_dir)
     folder.attempt = max(0, folder.attempts() - 1)  # what is evaluated is what the last attempt left
     folder.log("eval", step=saved.step, heldout=figures)
@@ -70,6 +59,31 @@ def evaluate_run(
         "heldout": figures,
         "context": context,
         "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _figures(
+    model: LWM, heldout: Corpus, training: Corpus, config: RunConfig, context: int, most: int
+) -> dict[str, dict[str, float]]:
+    """{modality: {loss, tokens, unigram_entropy}} of at most `most` tokens a source."""
+    if not heldout.lengths:
+        raise DataError(
+            "no source has held-out shards", where="data.sources[].heldout", fix="name them in the config"
+        )
+    lengths = {n: _first(v, most) for n, v in heldout.lengths.items()}
+    plans = plan_once(lengths, context=context)
+    planner = PackPlanner(lengths=lengths, weights=dict.fromkeys(lengths, 1.0), seed=0, context=context)
+    stream = PackStream(heldout, planner)
+    packs = (stream.materialise(plan) for plan in plans)
+    sums, counts = heldout_sums(model, packs, prefix=config.model.attention == "prefix")
+    return {
+        m: {
+            "loss": float(sums[i] / counts[i]),
+            "tokens": round(float(counts[i])),
+            "unigram_entropy": training.unigram_entropy(m),
+        }
+        for i, m in enumerate(MODALITIES)
+        if counts[i] > 0
     }
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,17 +16,22 @@ import torch
 import torch.distributed as dist
 
 from ringweave.data_pipes.corpus import Corpus, SourceSpec
-from ringweave.data_pipes.reader import expand_shards
+from ringweave.data_pipes.make_lengths import make_lengths
+from ringweave.data_pipes.shard_names import Shard, is_remote, shard_name, shown
+from ringweave.data_pipes.store import OPEN_SHARD
 from ringweave.data_pipes.stream import Documents
-from ringweave.data_pipes.token_cache import build_cache, cache_path
+from ringweave.data_pipes.token_lengths import has_lengths
+from ringweave.data_pipes.worker_process import Setup
+from ringweave.data_pipes.workers import TokenWorkers
 from ringweave.parallel.watchdog import is_lost_peer
 from ringweave.pretrain import checkpoint
 from ringweave.pretrain.config import RunConfig
+from ringweave.pretrain.data_store import data_specs, store_of
 from ringweave.pretrain.errors import HangError
 from ringweave.pretrain.failure import Failure
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.trainer import Trainer
-from ringweave.tokenizers.errors import DataError, UserError
+from ringweave.tokenizers.errors import DataError, UserError, printable
 from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.set import TokenizerSet
 
@@ -38,7 +44,8 @@ def main(config: RunConfig, *, allow_change: bool = False) -> int:
 
     def load() -> Data:
         manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
-        corpus = open_corpus(config, manifest, rank=int(os.environ.get("RANK", "0")))
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        corpus = open_corpus(config, manifest, rank=rank, world=world)
         return corpus, manifest.size, manifest.hash
 
     return run_rank(config, load, allow_change=allow_change)
@@ -66,8 +73,8 @@ def run_rank(config: RunConfig, load: Callable[[], Data], *, allow_change: bool 
 def _train(config: RunConfig, load: Callable[[], Data], failure: Failure, allow_change: bool) -> int:
     rank, world, folder = failure.rank, failure.world, failure.folder
     corpus, vocab, vocabulary_hash = load()
-    _join(config, rank, world)
     try:
+        _join(config, rank, world)
         checkpoint.on_first_rank(lambda: _claim(folder, config))
         failure.watch()
         trainer = Trainer(
@@ -80,6 +87,9 @@ def _train(config: RunConfig, load: Callable[[], Data], failure: Failure, allow_
         if world == 1:  # with peers, one may wait in a collective: leave without tearing the group down
             dist.destroy_process_group()
         raise
+    finally:
+        if isinstance(corpus, Corpus):
+            corpus.close()
     failure.done()
     dist.destroy_process_group()
     return code
@@ -125,39 +135,79 @@ def _meet(store: dist.Store, rank: int, world: int, *, seconds: float) -> None:
 
 def source_specs(config: RunConfig, *, heldout: bool = False) -> list[SourceSpec]:
     """The shards of each source (training, or held-out where a source has them)."""
-    base = Path(config.data.dir)
-    specs = []
-    for s in config.data.sources:
-        pattern = s.heldout if heldout else s.shards
-        if pattern is not None:
-            specs.append(SourceSpec(name=s.name, shards=expand_shards(pattern, base), plan=tuple(s.plan)))
-    return specs
+    return data_specs(config.data, store_of(config), heldout=heldout)
 
 
 def open_corpus(
-    config: RunConfig, manifest: VocabularyManifest, *, rank: int = 0, heldout: bool = False
+    config: RunConfig,
+    manifest: VocabularyManifest,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    heldout: bool = False,
+    tokens: bool = False,
 ) -> Corpus:
-    """The tokenized corpus. Rank 0 makes missing token caches while the others wait for the files."""
-    specs = source_specs(config, heldout=heldout)
-    missing = [
-        (shard, s.plan)
-        for s in specs
-        for shard in s.shards
-        if not cache_path(shard, s.plan, manifest.hash).exists()
-    ]
-    if missing and rank == 0:
-        tokenizers = TokenizerSet.load(Path(config.tokenizers.dir))
-        for n, (shard, plan) in enumerate(missing, 1):
-            print(f"tokenizing {shard.name} ({n}/{len(missing)})", flush=True)
-            build_cache(shard, plan, tokenizers)
-    deadline = time.monotonic() + config.timeout.start
-    while rank != 0 and not all(cache_path(shard, plan, manifest.hash).exists() for shard, plan in missing):
+    """The corpus of a job. The ranks share the work of making token lengths that are missing; all wait for them.
+
+    tokens: also make the token caches of shards whose lengths their headers tell, which otherwise are made when they
+    are needed; without workers (`data.workers.count` 0) they are always made here. Close the corpus to end its workers.
+    """
+    store, w = store_of(config), config.data.workers
+    specs, folder = data_specs(config.data, store, heldout=heldout), store.tokens_dir
+    setup = Setup(args=[config.tokenizers.dir], reader=OPEN_SHARD, reader_options=store.to_json())
+    workers = TokenWorkers(w.count, setup, memory_bytes=w.memory, timeout_s=w.timeout)
+    try:
+        wanted = [(shard, spec.plan) for spec in specs for shard in spec.shards]
+        left = _without_lengths(wanted, manifest.hash, folder)
+        host = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        mine = []
+        for n in left:
+            # What belongs to a shard in a store lies in the cache folder, which may be each host's own.
+            who, of = host if is_remote(wanted[n][0]) else (rank, world)
+            if n % of == who:
+                mine.append(wanted[n])
+        if mine:
+            tokenizers = TokenizerSet.load(Path(config.tokenizers.dir))
+        for n, (shard, plan) in enumerate(mine, 1):
+            print(f"tokenizing {printable(shard_name(shard))} ({n}/{len(mine)})", flush=True)
+            make_lengths(
+                shard, plan, tokenizers, workers=workers, probe=not tokens and w.count > 0, folder=folder
+            )
+        _wait_for_lengths([wanted[n] for n in left], manifest.hash, folder, seconds=config.timeout.start)
+        return Corpus.open(specs, manifest_hash=manifest.hash, workers=workers, folder=folder)
+    except BaseException:
+        workers.close()
+        raise
+
+
+def _without_lengths(
+    wanted: Sequence[tuple[Shard, tuple[str, ...]]], manifest_hash: str, folder: Path | None
+) -> list[int]:
+    """Numbers of the shards that have no lengths yet. Stores are asked for several at a time."""
+
+    def there(item: tuple[Shard, tuple[str, ...]]) -> bool:
+        return has_lengths(*item, manifest_hash, folder=folder)
+
+    if any(is_remote(shard) for shard, _ in wanted):
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(there, wanted))
+    else:
+        found = [there(item) for item in wanted]
+    return [n for n, has in enumerate(found) if not has]
+
+
+def _wait_for_lengths(
+    left: list[tuple[Shard, tuple[str, ...]]], manifest_hash: str, folder: Path | None, *, seconds: float
+) -> None:
+    """Until other ranks have made what is missing. Raises DataError if they do not in time."""
+    deadline = time.monotonic() + seconds
+    while numbers := _without_lengths(left, manifest_hash, folder):
+        left = [left[n] for n in numbers]
         if time.monotonic() > deadline:
             raise DataError(
-                "the token caches did not appear",
-                where=str(missing[0][0]),
-                why=f"rank 0 had {config.timeout.start:.0f} s (timeout.start) to make them",
+                f"the token lengths of {len(left)} shards did not appear",
+                where=shown(left[0][0]),
+                why=f"other ranks had {seconds:.0f} s (timeout.start) to make them, in a folder that all must see",
                 fix="make them beforehand: ringweave data index DIR --tokenizers TOKENIZERS",
             )
         time.sleep(0.2)
-    return Corpus.open(specs, manifest_hash=manifest.hash)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from ringweave.data_pipes.pack import PackPlan
 
 
 def human(n: float) -> str:
@@ -34,10 +42,11 @@ def step_line(record: dict[str, Any], *, total: int, stages: int, layout: str) -
     """The progress line of one step record (see docs/metrics.md for its fields)."""
     losses = "  ".join(f"{name} {value:.2f}" for name, value in record["loss_by_modality"].items())
     width = len(str(total))
+    waited = f"  data wait {record['data_wait']:.0%}" if record["data_wait"] >= 0.05 else ""
     return (
         f"step {record['step']:>{width}}/{total}  stage {record['stage'] + 1}/{stages} "
         f"{context_name(record['context'])} {layout}  loss {record['loss']:.3f}  [{losses}]  "
-        f"{human(record['tokens_per_s'])} tok/s  |g| {record['grad_norm']:.2f}  eta {duration(record['eta_s'])}"
+        f"{human(record['tokens_per_s'])} tok/s  |g| {record['grad_norm']:.2f}{waited}  eta {duration(record['eta_s'])}"
     )
 
 
@@ -81,6 +90,7 @@ class Board:
         scalars |= {
             "tokens_per_s": record["tokens_per_s"],
             "fill": record["fill"],
+            "data_wait": record["data_wait"],
             "context": record["context"],
         }
         scalars |= {f"loss/{k}": v for k, v in record["loss_by_modality"].items()}
@@ -102,3 +112,29 @@ class Board:
         except Exception as e:  # a metrics sink must never stop training
             self._writer = None
             print(f"TensorBoard is off: {type(e).__name__}: {e}", file=sys.stderr)
+
+
+def tokens_by_source(plans: list[PackPlan]) -> dict[str, int]:
+    """Tokens of each source in these packs."""
+    tokens: dict[str, int] = {}
+    for plan in plans:
+        for p in plan.pieces:
+            tokens[p.source] = tokens.get(p.source, 0) + p.end - p.start
+    return tokens
+
+
+def environment() -> dict[str, Any]:
+    """Versions and host, for the start event."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "host": {
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "machine": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }

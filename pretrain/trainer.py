@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ringweave.data_pipes.pack import Pack, PackPlan, packs_for_rank
-from ringweave.data_pipes.planner import PackPlanner
 from ringweave.data_pipes.stream import Documents, PackStream
 from ringweave.parallel import watch
 from ringweave.parallel.grad_norm import world_sum
@@ -24,16 +22,19 @@ from ringweave.parallel.mesh import Mesh, describe_layout
 from ringweave.parallel.ring_layout import RingLayout
 from ringweave.pretrain import checkpoint
 from ringweave.pretrain.batch import Batch, collate
+from ringweave.pretrain.batch_reader import BatchReader, ReadyBatch
 from ringweave.pretrain.config import RunConfig, Stage
 from ringweave.pretrain.engine import TorchEngine, make_adamw, world_loss
 from ringweave.pretrain.errors import NonFiniteError
 from ringweave.pretrain.models.lwm import LWMShape
 from ringweave.pretrain.parallelize import build_parts
-from ringweave.pretrain.progress import Board, Clock, step_line
+from ringweave.pretrain.prefetch import Prefetcher, Stopped
+from ringweave.pretrain.progress import Board, Clock, environment, step_line, tokens_by_source
 from ringweave.pretrain.resume import check_resume
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.schedule import learning_rate
-from ringweave.tokenizers.errors import EXIT_OK, EXIT_RESUMABLE
+from ringweave.pretrain.stage_data import open_source, open_stream
+from ringweave.tokenizers.errors import EXIT_OK, EXIT_RESUMABLE, printable
 from ringweave.tokenizers.segment import MODALITIES
 
 
@@ -57,6 +58,8 @@ class StageRun:
     engine: TorchEngine
     stream: PackStream
     ring: RingLayout
+    source: Prefetcher[ReadyBatch]
+    reader: BatchReader
     layout: dict[str, int] = field(default_factory=dict)
 
 
@@ -97,9 +100,13 @@ class Trainer:
         try:
             self._resume()
             while self.cursor.stage < len(self.config.stages):
-                if not self._train_stage(board):
+                outcome = self._train_stage(board)
+                if outcome == "stopped":
                     self._end(EXIT_RESUMABLE, f"stopped by {signal.Signals(self.stop_signal or 15).name}")
                     return EXIT_RESUMABLE
+                if outcome == "data":
+                    self._end(EXIT_OK, self._end_of_data())
+                    return EXIT_OK
             self._end(EXIT_OK, "done")
             return EXIT_OK
         finally:
@@ -122,8 +129,7 @@ class Trainer:
             lambda: checkpoint.find(self.folder.checkpoints, warn=warnings.append)
         )
         for what in warnings:
-            self._log("warning", step=0, what=what)
-            self.report(f"warning: {what}")
+            self._warn(what)
         if found is not None:
             check_resume(
                 found.manifest, self.config, self.vocabulary_hash, self.corpus.digest, self.allow_change
@@ -168,7 +174,13 @@ class Trainer:
                 engine.loaded(state)
             engine.set_optimizer_step(self.cursor.step)
         ring = RingLayout(layout["sp"], stage.layout.ring, width=self.shape.width, window=self.shape.window)
-        return StageRun(number, mesh, engine, self._stream(number), ring, layout)
+        stream, changes = open_stream(
+            cfg, self.corpus, number, saved=self.cursor.stream, begins=self.cursor.stage_step == 0
+        )
+        for what in changes:
+            self._warn(f"the data of this stage changed with the config: {what}")
+        source, reader = open_source(cfg, stream, number, mesh, steps=stage.steps - self.cursor.stage_step)
+        return StageRun(number, mesh, engine, stream, ring, source, reader, layout)
 
     def _torch_engine(self, stage: Stage, mesh: Mesh) -> TorchEngine:
         cfg = self.config
@@ -185,64 +197,63 @@ class Trainer:
             schedule=stage.layout.schedule, split_backward=stage.recompute == "none",
         )  # fmt: skip
 
-    def _stream(self, number: int) -> PackStream:
-        """The stream at the cursor: fresh, restored, or restored and switched to this stage."""
-        stage, weights, seed = (
-            self.config.stages[number],
-            self.config.stage_weights(number),
-            self.config.run.seed,
-        )
-        if self.cursor.stream is None:
-            planner = PackPlanner(
-                lengths=self.corpus.lengths, weights=weights, seed=seed, context=stage.context
-            )
-            return PackStream(self.corpus, planner)
-        stream = PackStream.restore(self.corpus, self.cursor.stream, seed=seed)
-        if self.cursor.stage_step == 0:
-            stream.planner.switch(context=stage.context, weights=weights)
-        return stream
-
     # --- the loop --------------------------------------------------------------------------------------
 
-    def _train_stage(self, board: Board) -> bool:
-        """Train the cursor's stage to its end; False when a stop was asked for (and the state is saved)."""
+    def _train_stage(self, board: Board) -> str:
+        """Train the cursor's stage. "done": to its end; "stopped": a stop was asked for, and the state is saved;
+        "data": finite data ended before the stage did."""
         number = self.cursor.stage
         stage = self.config.stages[number]
         run = self._open_stage(number)
         self._log(
             "stage", step=self.cursor.step, stage=number, context=stage.context, rope_theta=stage.rope_theta,
             layout=run.layout, batch=stage.batch, sources=self.config.stage_weights(number),
+            lanes=run.stream.planner.lanes, window=run.stream.planner.window,
         )  # fmt: skip
+        try:
+            outcome = self._steps(run, board)
+        except BaseException:
+            run.source.abandon()
+            raise
+        run.source.stop()
+        return outcome
+
+    def _steps(self, run: StageRun, board: Board) -> str:
+        number, stage = run.number, self.config.stages[run.number]
         while self.cursor.stage == number:
             clock = Clock()
             watch.begin("data", step=self.cursor.step + 1)
-            plans, batch, state_after = self._next(run)
+            try:
+                ready = run.source.next()
+            except Stopped:
+                return self._data_ended(run)
+            batch = collate(
+                ready.packs, ring=run.ring, rank=run.mesh.rank_on["sp"],
+                prefix=self.config.model.attention == "prefix",
+            )  # fmt: skip
             clock.lap("data")
             record, stopping, due = self._step(run, batch, clock)
-            self.cursor.stream = state_after
+            self.cursor.stream = ready.state_after
             self._advance(stage.steps)
             ended = self.cursor.stage != number
             # Recorded before it is saved: a kill between the two repeats a step's record, never loses it.
             watch.begin("record")
-            self._record(record, plans, board, stopping or ended)
+            self._record(record, ready, board, stopping or ended)
             if due or stopping or ended:
                 watch.begin("checkpoint")
                 self.save_seconds += self._save(run)
             if stopping and not (ended and self.cursor.stage == len(self.config.stages)):
-                return False
-        return True
+                return "stopped"
+        return "done"
 
-    def _next(self, run: StageRun) -> tuple[list[PackPlan], Batch, dict[str, Any]]:
-        """The next global batch's plans, and this rank's tensors of it."""
-        stage = self.config.stages[run.number]
-        drawn = run.stream.next_batch(stage.batch)
-        dp, rank = run.layout["dp"], run.mesh.rank_on["dp"]
-        mine = packs_for_rank(0, stage.batch, rank, dp)
-        packs: list[Pack] = [run.stream.materialise(drawn.plans[i]) for i in mine]
-        batch = collate(
-            packs, ring=run.ring, rank=run.mesh.rank_on["sp"], prefix=self.config.model.attention == "prefix"
-        )
-        return drawn.plans, batch, drawn.state_after
+    def _data_ended(self, run: StageRun) -> str:
+        """Every source was read `data.epochs` times: keep what was trained since the last checkpoint."""
+        if not run.reader.ended:
+            raise RuntimeError("the data stopped without an end: another rank stopped reading by itself")
+        if self.saved is None or self.saved.step != self.cursor.step:
+            watch.begin("checkpoint")
+            self._save(run)
+        return "data"
 
     def _step(self, run: StageRun, batch: Batch, clock: Clock) -> tuple[dict[str, Any], bool, bool]:
         """One update. Gives the step's record, whether a stop was asked for, whether a checkpoint is due."""
@@ -257,11 +268,12 @@ class Trainer:
             float(self._due()),
             batch.real_tokens / lead,
             batch.slots / lead,
+            run.source.waited,
         ]
         shared = world_sum(
             torch.cat([sums, engine.grad_squares()[None], torch.tensor(flags, dtype=torch.float64)])
         )
-        sums, (squares, stop, due, real, slots) = (
+        sums, (squares, stop, due, real, slots, waited) = (
             shared[: len(MODALITIES)],
             shared[len(MODALITIES) :].tolist(),
         )
@@ -292,7 +304,7 @@ class Trainer:
             "tokens": self.cursor.tokens, "loss": loss, "loss_by_modality": means,
             "tokens_by_modality": {m: round(float(counts[i]), 3) for i, m in enumerate(MODALITIES) if counts[i] > 0},
             "lr": lr, "grad_norm": norm, "fill": real / slots, "tokens_per_s": real / seconds["step"],
-            "seconds": seconds,
+            "data_wait": round(min(1.0, waited / self.config.world / seconds["step"]), 4), "seconds": seconds,
         }  # fmt: skip
         return record, stop > 0, due > 0
 
@@ -302,6 +314,13 @@ class Trainer:
         if every.every_steps is not None:
             return (self.cursor.step + 1) % every.every_steps == 0
         return self.rank == 0 and time.monotonic() - self.last_save >= (every.every_seconds or 0)
+
+    def _end_of_data(self) -> str:
+        epochs = self.config.data.epochs
+        return (
+            f"end of data: every source was read {epochs} time{'s' if epochs != 1 else ''} "
+            f"(data.epochs), {self.config.total_steps - self.cursor.step} steps were not needed"
+        )
 
     def _advance(self, stage_steps: int) -> None:
         self.cursor.step += 1
@@ -334,16 +353,28 @@ class Trainer:
         self._log("checkpoint", step=self.cursor.step, path=saved.path.name, **figures)
         return figures["seconds"]
 
-    def _record(self, record: dict[str, Any], plans: list[PackPlan], board: Board, last: bool) -> None:
+    def _record(self, record: dict[str, Any], ready: ReadyBatch, board: Board, last: bool) -> None:
         """Rank 0: ledger first, then metrics, so that a step with a metric always has its samples on record."""
         if self.rank != 0:
             return
+        plans = ready.plans
+        for f in ready.quarantined:
+            where = {
+                "source": f.source,
+                "sample": f.sample,
+                "shard": f.shard,
+                "key": f.key,
+                "offset": f.offset,
+            }
+            self._log("quarantine", step=record["step"], **where, reason=f.reason)
+            said = f"skipped {f.shard}#{f.key} ({f.source}) at step {record['step']}: {f.reason}"
+            self.report(printable(said))
         total = self.config.total_steps
         self.step_seconds = [*self.step_seconds[-49:], record["seconds"]["step"]]
         record["seconds"]["checkpoint"], self.save_seconds = round(self.save_seconds, 4), 0.0
         record["progress"] = record["step"] / total
         record["eta_s"] = float(np.median(self.step_seconds)) * (total - record["step"])
-        record["tokens_by_source"] = _by_source(plans)
+        record["tokens_by_source"] = tokens_by_source(plans)
         pieces = [[[p.source, p.epoch, p.sample, p.start, p.end] for p in plan.pieces] for plan in plans]
         self.folder.consumed(record["step"], pieces)
         self._log("step", **record)
@@ -351,6 +382,11 @@ class Trainer:
         if record["step"] % self.config.log.every == 0 or last or record["step"] == 1:
             layout = describe_layout(self._layout(record["stage"]))
             self.report(step_line(record, total=total, stages=len(self.config.stages), layout=layout))
+
+    def _warn(self, what: str) -> None:
+        self._log("warning", step=self.cursor.step, what=what)
+        if self.rank == 0:
+            self.report(f"warning: {what}")
 
     def _log(self, event: str, **fields: Any) -> None:
         if self.rank == 0:
@@ -361,34 +397,3 @@ class Trainer:
         if self.rank == 0:
             self.folder.exit(code, reason, step=self.cursor.step)
             self.report(f"{reason} at step {self.cursor.step}")
-
-
-def _by_source(plans: list[PackPlan]) -> dict[str, int]:
-    """Tokens of each source in these packs."""
-    tokens: dict[str, int] = {}
-    for plan in plans:
-        for p in plan.pieces:
-            tokens[p.source] = tokens.get(p.source, 0) + p.end - p.start
-    return tokens
-
-
-def environment() -> dict[str, Any]:
-    """Versions and host, for the start event."""
-    import os
-    import platform
-
-    import psutil
-
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "host": {
-            "cores": os.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "machine": platform.machine(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        },
-    }

@@ -16,6 +16,11 @@ _NUMBER = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]+)?)\s*([A-
 _SECONDS = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DECIMAL = {"": 1, "k": 1000, "m": 1000**2, "b": 1000**3, "g": 1000**3, "t": 1000**4}
 _BINARY = {"": 1, "k": 1024, "m": 1024**2}
+_BYTES = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
 
 
 def _scaled(value: Any, units: dict[str, int], expected: str) -> int:
@@ -43,6 +48,11 @@ def parse_tokens(value: Any) -> int:
 def parse_context(value: Any) -> int:
     """A context length in slots: `4K` is 4,096 and `1M` is 1,048,576."""
     return _scaled(value, _BINARY, "a context length such as 4096, 4K or 1M (K = 1024)")
+
+
+def parse_bytes(value: Any) -> int:
+    """A size in bytes: `20GiB` is 20 * 2**30 and `20GB` 20 * 10**9; a plain number is bytes."""
+    return _scaled(value, _BYTES, "a size such as 512MiB, 20GiB or a number of bytes")
 
 
 def parse_seconds(value: Any) -> float:
@@ -120,6 +130,7 @@ def parse_text(value: Any) -> str:
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens)]
 Context = Annotated[int, BeforeValidator(parse_context)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), PlainSerializer(show_seconds, return_type=str)]
 Interval = Annotated[str, BeforeValidator(parse_interval)]
 Number = Annotated[float, BeforeValidator(parse_float)]

@@ -65,6 +65,10 @@ class _Builder:
         if event == "warning":
             self.warnings.append(record)
             return ""
+        if event == "quarantine":
+            what = f"{record.get('shard')}#{record.get('key')} could not be read: {record.get('reason')}"
+            self.warnings.append({**record, "what": what})
+            return ""
         step = integer(record.get("step"))
         if step is None:
             return f"{event} without a step number"

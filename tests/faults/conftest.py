@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,11 @@ import yaml
 from ringweave.data_pipes.demo import build_demo
 from ringweave.launch.commands_data import records_by_source
 from ringweave.tokenizers.fit import FitSizes, fit_tokenizers
+
+# Test modules are imported one by one (import mode "importlib"), so shared helpers need a path of their own.
+sys.path.append(str(Path(__file__).parent))
+
+from hostile_server import HostileServer
 
 SOURCES = {
     "text": ["text"],
@@ -50,6 +58,7 @@ class Job:
             "tokenizers": {"dir": str(made / "tokenizers")},
             "data": {
                 "dir": str(self.data),
+                "workers": {"count": 0},
                 "sources": [
                     {
                         "name": n,
@@ -77,3 +86,14 @@ class Job:
 @pytest.fixture
 def job(made: Path, tmp_path: Path) -> Job:
     return Job(made, tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[HostileServer]:
+    """A web server on this machine that misbehaves on demand (hostile_server.py)."""
+    with HostileServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield server
+        server.stop.set()
+        server.shutdown()

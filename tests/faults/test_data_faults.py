@@ -6,11 +6,14 @@ import contextlib
 import io
 import json
 import os
+import random
 import tarfile
 from pathlib import Path
 
+import hostile_server as bad
 import pytest
 import torch.distributed as dist
+from hostile_server import HostileServer
 
 from ringweave.data_pipes.token_cache import TokenCache
 from ringweave.launch.cli import run as cli
@@ -119,7 +122,7 @@ def test_missing_shard_is_named(job) -> None:
 
 
 def test_record_without_index(job) -> None:
-    (job.data / "audio-train-0000.tar.idx.json").unlink()
+    (job.data / "audio-train-0000.tar.idx").unlink()
     code, said = _run("train", job.config())
     assert code == 3
     assert "audio-train-0000.tar" in said
@@ -162,7 +165,7 @@ def test_an_undecodable_member_is_skipped_and_journaled(job, source: str, suffix
         member.size // 8
     ) + b"\0" * (member.size % 8)
     shard.write_bytes(data)
-    (job.data / f"{shard.name}.idx.json").unlink()
+    (job.data / f"{shard.name}.idx").unlink()
     assert _run("data", "index", str(job.data))[0] == 0
     code, said = _run("train", job.config())
     assert code == 0, said
@@ -185,3 +188,61 @@ def test_tokenizers_with_a_flipped_weight_are_refused(job, tmp_path: Path) -> No
     code, said = _run("train", job.config())
     assert code == 3
     assert "image" in said
+
+
+@pytest.mark.slow
+def test_tokens_made_by_workers_while_training_give_the_same_run(job, made: Path, tmp_path: Path) -> None:
+    """Workers, lengths out of media headers, tokens on the way: step for step the run that had all tokens before."""
+    job.values["data"]["epochs"] = 1
+    assert _run("train", job.config())[0] == 0
+    place = tmp_path / "other"
+    place.mkdir()
+    other = type(job)(made, place)
+    other.values["data"] |= {"epochs": 1, "workers": {"count": 1}}
+    code, said = _run("train", other.config())
+    assert code == 0, said
+    assert list(other.data.glob("*.tar.len-*"))
+    before, on_the_way = (
+        {
+            e["step"]: (e["loss"], e["tokens"])
+            for e in read_events(j.run / "metrics.jsonl")
+            if e["event"] == "step"
+        }
+        for j in (job, other)
+    )
+    assert before == on_the_way
+    made_now = {p.name.partition("-train")[0] for p in other.data.glob("*-train-*.part-*")}
+    assert made_now, "the tokens of media were kept as parts of their shard"
+
+
+@pytest.mark.slow
+def test_a_run_over_a_web_server_that_cuts_answers_is_the_run_over_files(
+    job, made: Path, tmp_path: Path, server: HostileServer
+) -> None:
+    assert _run("train", job.config())[0] == 0
+    place = tmp_path / "other"
+    place.mkdir()
+    other = type(job)(made, place)
+    draw = random.Random(3)
+    for path in sorted(other.data.iterdir()):
+        if path.name.endswith((".tar", ".tar.idx")):
+            server.put(f"/d/{path.name}", path.read_bytes())
+            server.things[f"/d/{path.name}"].next = [bad.cut(draw.randrange(400)) for _ in range(2)]
+    other.values["data"] |= {
+        "dir": f"{server.base}/d?sig=SECRET", "cache": {"dir": str(place / "cache")},
+        "remote": {"allow_private": True}, "workers": {"count": 1},
+    }  # fmt: skip
+    for path in list(server.things):
+        server.things[f"{path}?sig=SECRET"] = server.things[path]
+    code, said = _run("train", other.config())
+    assert code == 0, said
+    assert any(not thing.next for thing in server.things.values()), "answers were cut"
+    before, over_http = (
+        [e["loss"] for e in read_events(j.run / "metrics.jsonl") if e["event"] == "step"]
+        for j in (job, other)
+    )
+    assert before == over_http
+    assert "SECRET" not in said
+    for path in other.run.rglob("*"):
+        if path.is_file() and path.name != "config.yaml":
+            assert b"SECRET" not in path.read_bytes(), path

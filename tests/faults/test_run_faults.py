@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,18 +210,21 @@ def test_a_full_disk_at_save_time_keeps_older_checkpoints(tmp_path: Path, where:
     assert run.train() == 0
 
 
-def _tmpfs(place: Path, mib: int) -> bool:
+def _tmpfs(place: Path, size: int) -> bool:
     place.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
     )
     return done.returncode == 0
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:
     """A tmpfs that holds about two checkpoints of three."""
-    small = tmp_path / "small"
-    if not _tmpfs(small, 2):
+    measured = Run(tmp_path, "measured")
+    measured.train()
+    newest = measured.path / "checkpoints" / measured.names[-1]
+    small, one = tmp_path / "small", sum(f.stat().st_size for f in newest.iterdir())
+    if not _tmpfs(small, 5 * one // 2):
         pytest.skip(
             "mounting a tmpfs needs root; test_a_full_disk_at_save_time covers the same path without one"
         )
@@ -264,3 +269,67 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
     assert caught.value.exit_code == 4
     assert run.names[-1] == "step-00000004"
     assert run.train() == 0
+
+
+def test_finite_data_ends_the_run_once_every_sample_is_trained_on(tmp_path: Path) -> None:
+    """data.epochs: 1, more steps asked for than there is data: exit 0, nothing lost, nothing twice, and for good."""
+    run = Run(tmp_path, steps=400)
+    data = run.config.data.model_copy(update={"epochs": 1})
+    assert run.train(trainer=Stopped, data=data) == 75
+    assert run.train(data=data) == 0
+    note = json.loads((run.path / "exit.json").read_text())
+    assert note["reason"].startswith("end of data: every source was read 1 time (data.epochs)")
+    steps = final_losses(run.path)
+    assert max(steps) < 400
+    ledger = [json.loads(line) for line in (run.path / "consumed.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in ledger] == sorted(steps), "no step was trained twice"
+    spans: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for source, epoch, sample, start, end in (p for r in ledger for pack in r["packs"] for p in pack):
+        assert epoch == 0
+        spans.setdefault((source, sample), []).append((start, end))
+    lengths = SyntheticCorpus(vocab=VOCAB).lengths
+    assert set(spans) == {(name, i) for name, v in lengths.items() for i in range(len(v))}
+    for (source, sample), cuts in spans.items():
+        cuts.sort()
+        assert cuts[0][0] == 0
+        assert cuts[-1][1] == lengths[source][sample]
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(cuts))
+    assert run.train(data=data) == 0
+    assert final_losses(run.path) == steps
+
+
+@pytest.mark.slow
+def test_a_mixture_changed_in_the_middle_of_a_stage_counts_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, steps=40)
+    assert run.train(trainer=Stopped) == 75
+    sources = tuple(
+        s.model_copy(update={"weight": 0.0 if s.name == "image" else 1.0}) for s in run.config.data.sources
+    )
+    data = run.config.data.model_copy(update={"sources": sources})
+    with pytest.raises(ConfigError, match=r"data\.sources\.1\.weight: 1\.0 -> 0\.0"):
+        run.train(data=data)
+    assert run.train(data=data, change=True) == 0
+    events = read_events(run.path / "metrics.jsonl")
+    [said] = [e["what"] for e in events if e["event"] == "warning"]
+    assert "weights: {'image': 0.5, 'text': 0.5} -> {'image': 0.0, 'text': 1.0}" in said
+    late = [e["tokens_by_source"].get("image", 0) for e in events if e["event"] == "step" and e["step"] > 30]
+    assert late
+    assert not any(late), "what was drawn before the change is trained on first, then only text"
+
+
+@pytest.mark.slow
+def test_the_wait_for_data_is_measured(tmp_path: Path, monkeypatch) -> None:
+    """A source that takes 0.2 s a batch is waited for; one that is ready is not."""
+    run = Run(tmp_path)
+    document = SyntheticCorpus.document
+
+    def slow(self, piece):
+        time.sleep(0.1)
+        return document(self, piece)
+
+    monkeypatch.setattr(SyntheticCorpus, "document", slow)
+    run.train()
+    steps = [e for e in read_events(run.path / "metrics.jsonl") if e["event"] == "step"]
+    assert all(0.0 <= e["data_wait"] <= 1.0 for e in steps)
+    assert sum(e["data_wait"] for e in steps) / len(steps) > 0.3
+    assert all(e["seconds"]["data"] >= e["data_wait"] * e["seconds"]["step"] * 0.99 for e in steps)

@@ -133,7 +133,8 @@ def _matrix() -> list[tuple]:
     return cases
 
 
-@pytest.mark.parametrize("world", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ring_equals_dense(world: int) -> None:
     """A1, A8, A10, A14, A19, dLSE: any layout, mask, length, transport; one rank may hold everything."""
     f64 = _matrix()

@@ -195,6 +195,13 @@ def make_run(folder: Path) -> Path:
             "what": "passed over step-00000090.tmp: it was never committed",
         },
     )
+    second.insert(
+        2,
+        {
+            "event": "quarantine", "time": second[0]["time"], "attempt": 2, "step": RESUMED + 1, "source": "image",
+            "sample": 3, "shard": "image-0001.tar", "key": "a<b>", "offset": 512, "reason": "not a PNG",
+        },
+    )  # fmt: skip
     second.append(
         {"event": "stop", "time": end, "attempt": 2, "step": LAST, "reason": "done", "exit_code": 0}
     )

@@ -106,6 +106,7 @@ def test_numbers_shown_are_those_of_the_inputs(run: Path, html: str, synthetic: 
         assert short(span.tokens_per_s) in said
     assert "7 steps ran twice; the largest difference between the two losses is 0 ." in said
     assert "passed over step-00000090.tmp" in said
+    assert "image-0001.tar#a<b> could not be read: not a PNG" in said
 
 
 def test_secrets_are_redacted(html: str) -> None:
