@@ -151,7 +151,7 @@ def _tokenizers(out: Path, config: RunConfig, say: _Steps, progress: Progress) -
     say("tokenizing every shard once")
     manifest = VocabularyManifest.load(folder / "tokenizers.json")
     for held in (False, True):
-        open_corpus(config, manifest, heldout=held)
+        open_corpus(config, manifest, heldout=held, tokens=True).close()
     say.done("token_caches")
     return figures
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ringweave.data_pipes.pack import Piece
-from ringweave.data_pipes.planner import PackPlanner, audit
+from ringweave.data_pipes.planner import audit
 from ringweave.parallel.mesh import describe_layout
 from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.run_folder import read_events
+from ringweave.pretrain.stage_plan import ideal_plans
 
 
 def final_steps(run: Path) -> dict[int, dict[str, Any]]:
@@ -66,21 +67,9 @@ def resume_proof(run: Path, config: RunConfig, corpus: Any, killed_at: int) -> d
 
 def ideal_stream(config: RunConfig, corpus: Any) -> list[tuple[int, list[Piece]]]:
     """Every pack of the whole run as a planner that never stopped makes them."""
-    planner: PackPlanner | None = None
-    packs = []
-    step = 0
-    for number, stage in enumerate(config.stages):
-        weights = config.stage_weights(number)
-        if planner is None:
-            planner = PackPlanner(
-                lengths=corpus.lengths, weights=weights, seed=config.run.seed, context=stage.context
-            )
-        else:
-            planner.switch(context=stage.context, weights=weights)
-        for _ in range(stage.steps):
-            step += 1
-            packs += [(step, list(planner.next().pieces)) for _ in range(stage.batch)]
-    return packs
+    return [
+        (step, list(plan.pieces)) for step, plans in ideal_plans(config, corpus.lengths) for plan in plans
+    ]
 
 
 def tokenizer_proof(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:

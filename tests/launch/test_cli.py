@@ -287,7 +287,9 @@ def test_data_index_check_show(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run(["data", "index", str(tmp_path), "--json"]) == 0
     assert len(last_json(capsys)["indexed"]) == 2
     assert run(["data", "check", str(tmp_path), "--json"]) == 0
-    assert last_json(capsys) == {"shards": 2, "problems": [], "ok": True}
+    checked = last_json(capsys)
+    assert (checked["shards"], checked["problems"], checked["ok"]) == (2, [], True)
+    assert [(row["source"], row["samples"], row["damaged"]) for row in checked["sources"]] == [("text", 6, 0)]
     assert run(["data", "show", str(tmp_path), "--sample", "text-train-0000.tar#2", "--json"]) == 0
     shown = last_json(capsys)
     assert [row["records"] for row in shown["shards"]] == [3, 3]
