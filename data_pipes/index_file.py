@@ -24,7 +24,6 @@ size, crc32, name in the header if it is not key.ext], ...]}]}.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ringweave.data_pipes.checksum import crc32
 from ringweave.data_pipes.tar import BLOCK
 
 FORMAT = "ringweave-shard-index/2"
@@ -58,7 +58,7 @@ def crc_of(parts: Iterable[bytes | NDArray[Any]]) -> int:
     """crc32 over some byte strings and the little-endian bytes of some arrays."""
     value = 0
     for part in parts:
-        value = zlib.crc32(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes(), value)
+        value = crc32(part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes(), value)
     return value
 
 
@@ -187,7 +187,7 @@ def _parse_1(data: bytes) -> tuple[Columns, dict[str, Any]]:
         keys.append(key)
         starts.append(len(rows))
     compact = [{"key": s["key"], "members": s["members"]} for s in raw["samples"]]
-    if raw["count"] != len(keys) or raw["crc32"] != zlib.crc32(
+    if raw["count"] != len(keys) or raw["crc32"] != crc32(
         json.dumps(compact, separators=(",", ":")).encode()
     ):
         raise ValueError("its count or crc32 does not match its samples")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import zlib
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 
+from ringweave.data_pipes.checksum import crc32
 from ringweave.data_pipes.compression import codec_of_member, inflate_member, plain_extension
 from ringweave.data_pipes.index import ShardIndex, build_index, load_index, shard_name
 from ringweave.data_pipes.sample import Sample
@@ -129,7 +129,7 @@ class ShardReader:
     def _assemble(self, i: int, rows: list[list[int]], data: bytes, base: int) -> Sample:
         """The sample out of `data`, which begins at `base` in the shard; every member checked."""
         members: dict[str, bytes] = {}
-        view, crc32 = memoryview(data), zlib.crc32
+        view = memoryview(data)
         for row in rows:
             offset, size, crc, head, ext = row
             at = offset - base
@@ -157,7 +157,7 @@ class ShardReader:
         if at < BLOCK or at + size > len(data):
             raise self._error(i, row, f"truncated: the read ended at {base + len(data)}")
         block = data[at - BLOCK : at]
-        if zlib.crc32(block) != head:
+        if crc32(block) != head:
             try:
                 header = parse_header(block)
             except HeaderError as error:
@@ -167,7 +167,7 @@ class ShardReader:
             if name != wanted or header.kind not in (b"0", b"\0"):
                 why = f"the header is for {name!r} (type {header.kind!r}), the index has {wanted!r}"
                 raise self._error(i, row, why)
-        actual = zlib.crc32(data[at : at + size])
+        actual = crc32(data[at : at + size])
         if actual != crc:
             why = f"payload differs from the indexed one (crc32 {actual:08x}, indexed {crc:08x})"
             raise self._error(i, row, why)

@@ -14,10 +14,10 @@ import logging
 import os
 import struct
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ringweave.data_pipes.checksum import crc32
 from ringweave.data_pipes.storage_base import ByteSource, LocalFile, beyond, check_range, redact
 from ringweave.data_pipes.storage_cache_dir import STEP, CacheBusyError, CacheDir
 from ringweave.tokenizers.errors import DataError
@@ -288,9 +288,9 @@ def _touch(fd: int) -> None:
 
 def _block_header(key: bytes, number: int, block: bytes) -> bytes:
     view = memoryview(block)
-    crcs = [zlib.crc32(view[at : at + _PIECE]) for at in range(0, len(block), _PIECE)]
+    crcs = [crc32(view[at : at + _PIECE]) for at in range(0, len(block), _PIECE)]
     head = _HEAD.pack(_MAGIC, key, number, len(block), len(crcs)) + struct.pack(f"<{len(crcs)}I", *crcs)
-    return head + struct.pack("<I", zlib.crc32(head))
+    return head + struct.pack("<I", crc32(head))
 
 
 def _read_block(fd: int, key: bytes, number: int, start: int, stop: int) -> bytes | None:
@@ -303,7 +303,7 @@ def _read_block(fd: int, key: bytes, number: int, start: int, stop: int) -> byte
         return None
     if len(head) < tail + 4:
         head = os.pread(fd, tail + 4, 0)
-    if len(head) < tail + 4 or struct.unpack_from("<I", head, tail)[0] != zlib.crc32(head[:tail]):
+    if len(head) < tail + 4 or struct.unpack_from("<I", head, tail)[0] != crc32(head[:tail]):
         return None
     first, last = start // _PIECE, -(-stop // _PIECE)
     from_, to = first * _PIECE, min(last * _PIECE, length)
@@ -312,7 +312,7 @@ def _read_block(fd: int, key: bytes, number: int, start: int, stop: int) -> byte
         return None
     view = memoryview(data)
     for i, crc in enumerate(struct.unpack_from(f"<{last - first}I", head, _HEAD.size + 4 * first)):
-        if zlib.crc32(view[i * _PIECE : (i + 1) * _PIECE]) != crc:
+        if crc32(view[i * _PIECE : (i + 1) * _PIECE]) != crc:
             return None
     return bytes(view[start - from_ : stop - from_])
 

@@ -12,13 +12,13 @@ the quick way is tested against.
 from __future__ import annotations
 
 import os
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ringweave.data_pipes.checksum import crc32
 from ringweave.data_pipes.tar_header import BLOCK, Header, HeaderError, Survey, padded, parse_header
 from ringweave.tokenizers.errors import DataError
 
@@ -206,7 +206,7 @@ class Walk:
         members.offsets += [base + body for body in bodies]
         members.sizes += sizes
         if self._checksums:
-            view, crc32 = memoryview(self._data), zlib.crc32
+            view = memoryview(self._data)
             members.crc32 += [crc32(view[body : body + size]) for body, size in zip(bodies, sizes)]
             members.header_crc32 += [crc32(view[start:body]) for start, body in zip(starts, bodies)]
         else:
@@ -265,7 +265,7 @@ class Walk:
         members.offsets.append(data)
         members.sizes.append(length)
         members.crc32.append(crc)
-        members.header_crc32.append(zlib.crc32(block) if self._checksums else 0)
+        members.header_crc32.append(crc32(block) if self._checksums else 0)
 
     def _crc32(self, offset: int, size: int, name: str) -> int:
         """crc32 of a payload, a window at a time."""
@@ -274,7 +274,7 @@ class Walk:
         crc, end = 0, offset + size
         while offset < end and self._checksums:
             piece = min(self._window, end - offset)
-            crc = zlib.crc32(self.read(offset, piece, "the data", name), crc)
+            crc = crc32(self.read(offset, piece, "the data", name), crc)
             offset += piece
         return crc
 

@@ -19,7 +19,6 @@ in a stored part it is made again when it is wanted.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, get_args
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ringweave.data_pipes.checksum import crc32
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.segment import MODALITIES, MODALITY_ID, Attends, Document, Role, Segment
 
@@ -45,7 +45,7 @@ def crc_of(*arrays: NDArray[Any]) -> int:
     """crc32 over the bytes of the arrays, one after the other."""
     value = 0
     for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array).tobytes(), value)
+        value = crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
 
 

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ringweave.data_pipes.checksum import crc32
 from ringweave.data_pipes.shard_names import Shard, is_remote, shard_name, shown
 from ringweave.data_pipes.token_cache import TokenCache, cache_path
 from ringweave.data_pipes.token_files import (
@@ -97,7 +97,7 @@ def write_lengths(
         "shard_size": stamp.size,
         "index_crc32": stamp.index_crc32,
         "count": len(stored),
-        "crc32": zlib.crc32(stored.tobytes()),
+        "crc32": crc32(stored.tobytes()),
         "sha256": sizes_digest(lengths),
         "skipped": [{"key": s["key"], "reason": s["reason"]} for s in skipped],
     }
@@ -190,7 +190,7 @@ def _load(path: Path, count: int, crc: int, digest: str) -> NDArray[np.int64]:
     except (SafetensorError, OSError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from None
     lengths: NDArray[np.int64] = stored.astype(np.int64)
-    if stored.shape != (count,) or zlib.crc32(stored.tobytes()) != crc or sizes_digest(lengths) != digest:
+    if stored.shape != (count,) or crc32(stored.tobytes()) != crc or sizes_digest(lengths) != digest:
         raise _damaged(path, "crc32 of the lengths differs")
     return lengths
 

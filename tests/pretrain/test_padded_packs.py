@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ringweave.data_pipes.pack import Pack
+from ringweave.data_pipes.pack import Pack, PackPlan
+from ringweave.data_pipes.packing import materialise
 from ringweave.data_pipes.planner import PackPlanner
 from ringweave.data_pipes.quarantine import Failure, Quarantine
 from ringweave.data_pipes.stream import PackStream
 from ringweave.parallel.ring_layout import KINDS, RingLayout
+from ringweave.parallel.spawn import run_ranks
+from ringweave.pretrain import verify
 from ringweave.pretrain.batch import collate
 from ringweave.pretrain.models.lwm import LWMShape
 from ringweave.pretrain.parallelize import build_model
@@ -67,3 +70,19 @@ def test_every_ring_layout_takes_packs_with_holes(kind: str) -> None:
     got = np.sort(np.concatenate([p.targets.numpy().ravel() for p in parts]))
     np.testing.assert_array_equal(got, expected)
     assert parts[0].real_tokens == sum(int((h.doc >= 0).sum()) for h in holed)
+
+
+def _with_empty_packs() -> list[dict]:
+    """The last batch of finite data: the second data rank has nothing at all."""
+    some = verify.make_packs(2)
+    empty = [materialise(PackPlan(9 + i, verify.CONTEXT, ()), lambda piece: None) for i in range(2)]
+    reference = verify._reference([*some, *empty], "fp32")
+    assert reference[0] == pytest.approx(verify._reference(some, "fp32")[0], rel=1e-6)
+    layouts = [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"sp": 2}, {"dp": 2, "replicate": 2}]
+    return [verify.check_layout(layout, [*some, *empty], reference, "fp32") for layout in layouts]
+
+
+@pytest.mark.slow
+def test_a_rank_with_empty_packs_only_changes_no_loss_and_no_gradient() -> None:
+    for rows in run_ranks(2, _with_empty_packs, timeout=240):
+        assert [r["layout"] for r in rows if not r["holds"]] == []
