@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from ringweave.tokenizers.errors import DataError
 if TYPE_CHECKING:
     from ringweave.data_pipes.shard_names import Shard
     from ringweave.data_pipes.store import Store
+    from ringweave.pretrain.config_data import DataSection
 
 
 def index_shards(shards: Sequence[Shard], policy: dict[str, Any], progress: Progress) -> list[str]:
@@ -65,17 +67,22 @@ def plans_of(
     from ringweave.data_pipes.formats import resolve_plan
     from ringweave.pretrain.data_store import source_shards
 
-    # The folder given wins over the config's, so that a copy of the data can be indexed by the same config.
     settings = load_config(config).data
-    if Path(target).is_dir():
-        settings = settings.model_copy(update={"dir": target})
     known = {_identity(shard): shard for shard in shards}
     found: dict[Shard, list[str]] = {}
-    for source in settings.sources:
-        plan = list(resolve_plan(source.plan, settings.dir))
-        for heldout in (False, True):
-            for shard in source_shards(settings, source, store, heldout=heldout):
-                found[known.get(_identity(shard), shard)] = plan
+
+    def collect(settings: DataSection, *, missing_ok: bool = False) -> None:
+        for source in settings.sources:
+            plan = list(resolve_plan(source.plan, settings.dir))
+            for heldout in (False, True):
+                with contextlib.suppress(DataError) if missing_ok else contextlib.nullcontext():
+                    for shard in source_shards(settings, source, store, heldout=heldout):
+                        found[known.get(_identity(shard), shard)] = plan
+
+    folder = Path(target).is_dir()
+    collect(settings, missing_ok=folder)  # of a folder, shards of other sources are not asked for
+    if folder and not any(shard in found for shard in shards):
+        collect(settings.model_copy(update={"dir": target}))  # a copy of the data, by the same config
     return found
 
 

@@ -1,8 +1,8 @@
 """Samples a second of verified reading beside mosaicml-streaming, litdata and megatron-energon, each on its own copy of
 the same samples, converted, in one process on one and the same core, from the page cache.
 
-The rivals' requirements (numpy < 2.2, botocore's python-dateutil < 3) do not fit the versions that ringweave is tested
-with, so they run under an interpreter of their own:
+The rivals' requirements (numpy < 2.2) do not fit the versions that ringweave is tested with, so they run under an
+interpreter of their own:
 
     python -m venv rivals && rivals/bin/pip install mosaicml-streaming litdata megatron-energon pillow
     .venv/bin/python tests/bench/data_rivals.py --python rivals/bin/python

@@ -313,6 +313,28 @@ def test_stats_predict_fill_balance_and_epochs(tmp_path: Path, capsys: pytest.Ca
     assert f"short: {total:.1f} epochs" in said and "█" in said
 
 
+def test_a_folder_of_one_source_is_indexed_by_the_config_of_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patterns lie below data.dir, which is above the folder; shards of other sources need not be there yet."""
+    data, config = stats_job(tmp_path)
+    for name in ("long", "short"):
+        (data / name).mkdir()
+    (data / "short-train-0000.tar").rename(data / "short" / "short-train-0000.tar")
+    (data / "long-train-0000.tar").unlink()
+    config.write_text(
+        config.read_text()
+        .replace("long-train", "long/long-train")
+        .replace("shards: short", "shards: short/short")
+    )
+    index = ["data", "index", str(data / "short"), "-t", str(tmp_path / "tok"), "--config", str(config)]
+    assert call(capsys, *index)[0] == 0
+    assert len(list(data.rglob("*.tokens-*"))) == 1
+    write_tar(data / "alone" / "other-train-0000.tar", [("a.txt", b"the fox")])
+    index[2] = str(data / "alone")
+    assert run(index) == 3, "no source of the config has this shard, here or in a copy"
+
+
 def test_the_cost_model_is_that_of_the_config(tmp_path: Path) -> None:
     """24 operations a token and d² for plain attention and an MLP of 4 d with two matrices."""
     _, config = stats_job(tmp_path)
