@@ -11,6 +11,7 @@ trainer.
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -69,6 +70,33 @@ class at:
         if kind is None:
             s = self.before
             _state = (_state[0] + 1, s[1], s[2], s[3], s[4], self.what)
+
+
+class behind:
+    """The main thread waits for work of another thread of this process: where that one is, this rank is."""
+
+    __slots__ = ("before", "thread")
+
+    def __init__(self, thread: int | None) -> None:
+        self.thread = thread
+
+    def __enter__(self) -> None:
+        global _thread
+        self.before, _thread = _thread, self.thread
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        global _thread
+        _thread = self.before
+
+
+#: The thread the main one waits for, if any.
+_thread: int | None = None
+
+
+def frame(main: int | None) -> FrameType | None:
+    """The innermost frame of the thread that tells where this rank is: thread `main`, or the one it waits for."""
+    frames = sys._current_frames()
+    return frames.get(_thread or 0) or frames.get(main or 0)
 
 
 # --- what the main thread runs --------------------------------------------------------------------------------

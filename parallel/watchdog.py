@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import functools
 import os
-import sys
 import threading
 import time
 import traceback
@@ -150,7 +149,7 @@ class Watchdog:
             return replace(self._failed, beat=self._beat)
         s = watch.here()
         if frames is None:
-            frames = watch.stack(sys._current_frames().get(self._main or 0))
+            frames = watch.stack(watch.frame(self._main))
         collective, inside = watch.look(frames)
         peer = f"rank {s.peer}" if isinstance(s.peer, int) else s.peer or ""
         last = s.last or (inside if collective else "")
@@ -280,7 +279,7 @@ class Watchdog:
 
     def _aged(self, passed: float) -> float | None:
         """Add `passed` to the time without any change, or begin anew; gives the limit of the present state."""
-        frame = sys._current_frames().get(self._main or 0)
+        frame = watch.frame(self._main)
         waiting, inside = watch.look(watch.stack(frame))
         # A loop of short waits looks the same from outside; the frame and its position tell it from one long wait.
         state = watch.here()

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from ringweave.parallel import watch
+
 T = TypeVar("T")
 
 
@@ -68,7 +70,8 @@ class Prefetcher(Generic[T]):
                 raise Stopped
             return made
         with self._change:
-            self._change.wait_for(lambda: self._ready or self._ended)
+            with watch.behind(self._thread.ident):
+                self._change.wait_for(lambda: self._ready or self._ended)
             if self._ready:
                 batch = self._ready.popleft()
                 self._change.notify_all()

@@ -192,7 +192,8 @@ def test_a_stop_event_ends_a_run_but_not_the_workers(tmp_path: Path) -> None:
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run in the background
 sys.path[:0] = [{here!r}]
 from token_fixtures import setup
 from ringweave.data_pipes.workers import Task, TokenWorkers
