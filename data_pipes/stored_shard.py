@@ -13,6 +13,7 @@ import copy
 import hashlib
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,7 +44,7 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
-class StoredShard:
+class StoredShard(ABC):
     """What all of them do. address: the whole address, for workers; name: its last part; `str` shows no secrets."""
 
     whole = True
@@ -56,24 +57,25 @@ class StoredShard:
 
     # --- what the kinds differ in --------------------------------------------------------------------------
 
+    @abstractmethod
     def size(self) -> int:
         """See `ByteSource`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def version(self) -> str:
         """See `ByteSource`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, offset: int, size: int) -> bytes:
         """See `ByteSource`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """See `ByteSource`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _beside(self, suffix: str) -> ByteSource:
-        raise NotImplementedError
+        """The object beside it."""
 
     def _key(self) -> str:
         """What tells this shard from others and from other versions of it, without its secrets."""
@@ -239,8 +241,9 @@ class MadeShard(StoredShard):
         self._made: LocalFile | None = None
         self._evicted = 0
 
+    @abstractmethod
     def _make(self, cache: ByteCache) -> LocalFile:
-        raise NotImplementedError
+        """The tar as a file of the cache."""
 
     def _file(self) -> LocalFile:
         with self._lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,14 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))
 
-from hostile_server import HostileServer
+from hostile_server import HostileServer, serving
 
 
 @pytest.fixture
 def server() -> Iterator[HostileServer]:
     """Serves what is `put` on it."""
-    with HostileServer() as local:
-        thread = threading.Thread(target=local.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
+    with serving() as local:
         yield local
-        local.stop.set()
-        local.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ringweave.tokenizers.fit import FitSizes, fit_tokenizers
 # Test modules are imported one by one (import mode "importlib"), so shared helpers need a path of their own.
 sys.path.append(str(Path(__file__).parent))
 
-from hostile_server import HostileServer
+from hostile_server import HostileServer, serving
 
 SOURCES = {
     "text": ["text"],
@@ -91,9 +90,5 @@ def job(made: Path, tmp_path: Path) -> Job:
 @pytest.fixture
 def server() -> Iterator[HostileServer]:
     """A web server on this machine that misbehaves on demand (hostile_server.py)."""
-    with HostileServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
+    with serving() as server:
         yield server
-        server.stop.set()
-        server.shutdown()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -232,3 +233,14 @@ def ranges(asked: Iterable[Asked]) -> list[tuple[int, int]]:
     """The ranges of requests as (start, end)."""
     found = [re.fullmatch(r"bytes=(\d+)-(\d+)", one.headers.get("range", "")) for one in asked]
     return [(int(match[1]), int(match[2]) + 1) for match in found if match]
+
+
+@contextmanager
+def serving() -> Iterator[HostileServer]:
+    """A server that answers until the block ends."""
+    with HostileServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        yield server
+        server.stop.set()
+        server.shutdown()
