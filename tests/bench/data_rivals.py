@@ -89,9 +89,10 @@ def measure(rival: Rival, paths: list[Path], runs: int) -> list[bench.Part]:
 
 
 def options() -> argparse.Namespace:
-    """The harness's options and `--python`."""
+    """The harness's options, `--python` and `--only` (one rival; more runs fit)."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--only", choices=RIVALS)
     mine, rest = parser.parse_known_args()
     sys.argv[1:] = rest
     return argparse.Namespace(**vars(mine), **vars(bench.arguments(__doc__)))
@@ -109,7 +110,7 @@ def main() -> None:
         tars = Path(folder) / "tars"
         tars.mkdir()
         paths = make_shards(tars, shards=shards, samples=samples, side=side)
-        for name in RIVALS:
+        for name in (chosen.only,) if chosen.only else RIVALS:
             rival = Rival(chosen.python, name, tars, Path(folder) / name)
             try:
                 if rival.skipped:
