@@ -79,7 +79,7 @@ check: lint types
 	$(PYTEST) -m 'not slow and not gpu'
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) --durations=25 --durations-min=10
 
 # $(call scripts,folder,word): runs every script of a folder; all run, then it fails if one failed.
 define scripts

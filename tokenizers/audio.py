@@ -56,6 +56,23 @@ def resample(samples: I16, rate: int, target: int) -> I16:
     return np.clip(np.floor(out / 32768 + 0.5), -32768, 32767).astype(np.int16)
 
 
+def random_frames(
+    clips: list[I16], basis: NDArray[np.int32], *, frames: int, scale: int, seed: int
+) -> NDArray[np.float64]:
+    """At most `frames` transformed frames cut at random places of the clips: integers [n, bins]."""
+    rng = np.random.default_rng(seed)
+    hop = len(basis) // 2
+    usable = [clip for clip in clips if len(clip) > 2 * hop]
+    spans = np.array([len(clip) - 2 * hop for clip in usable], np.float64)
+    points = []
+    for clip, span in zip(usable, spans):
+        starts = np.sort(rng.integers(0, int(span) + 1, int(np.ceil(frames * span / spans.sum()))))
+        windows = np.lib.stride_tricks.sliding_window_view(clip, 2 * hop)
+        points.append(transform(windows[starts], basis.astype(np.float64), scale))
+    cells = np.concatenate(points) if points else np.zeros((1, basis.shape[1]))
+    return cells[rng.permutation(len(cells))[:frames]]
+
+
 class AudioCodec:
     """int16 [T] mono at `rate` <-> codes int32 [F, books]."""
 
@@ -87,24 +104,15 @@ class AudioCodec:
         Frames are cut at random places and not on the hop: an MDCT frame changes with its phase, and books
         fitted to aligned frames only were about 1.5 dB worse on held-out pieces.
         """
-        rng = np.random.default_rng(seed)
         basis = mdct_basis(hop, bins)
-        usable = [clip for clip in clips if len(clip) > 2 * hop]
-        spans = np.array([len(clip) - 2 * hop for clip in usable], np.float64)
-        points = []
-        for clip, span in zip(usable, spans):
-            starts = np.sort(rng.integers(0, int(span) + 1, int(np.ceil(frames * span / spans.sum()))))
-            windows = np.lib.stride_tricks.sliding_window_view(clip, 2 * hop)
-            points.append(_transform(windows[starts], basis.astype(np.float64)))
-        cells = np.concatenate(points) if points else np.zeros((1, bins))
-        cells = cells[rng.permutation(len(cells))[:frames]]
+        cells = random_frames(clips, basis, frames=frames, scale=SCALE, seed=seed)
         books_ = fit_books(cells, books, codes, seed=seed, rounds=6, reserve_zero=True)
         config = {"rate": rate, "hop": hop, "beam": 4}
         return cls(config, {"basis": basis, "codebooks": books_})
 
     def frames(self, samples: int) -> int:
         """Frames that `samples` samples give."""
-        return -(-samples // self.hop) + 1 if samples else 0
+        return frames_of(samples, self.hop)
 
     def encode(self, samples: I16) -> NDArray[np.int32]:
         """Codes int32 [F, books] of int16 [T]."""
@@ -115,7 +123,7 @@ class AudioCodec:
         """Codes of frames of samples int16 [n, 2*hop]: int32 [n, books]."""
         if not len(frames):
             return np.zeros((0, self.books), np.int32)
-        return self.quantizer.encode(_transform(frames, self._basis))
+        return self.quantizer.encode(transform(frames, self._basis, SCALE))
 
     def stream(self) -> AudioEncoder:
         """An encoder that takes the samples in pieces of any size and gives the same codes."""
@@ -140,43 +148,61 @@ class AudioCodec:
         return cls(*unpack_codec(data, cls.kind, where=where))
 
 
+class Framer:
+    """Cuts a stream of samples into the overlapping frames of an MDCT codec."""
+
+    def __init__(self, hop: int) -> None:
+        self.hop = hop
+        self._rest = np.zeros(hop, np.int16)  # samples that the next frame still needs
+        self._samples = 0
+        self._frames = 0
+
+    def push(self, samples: I16) -> NDArray[np.int16]:
+        """The frames int16 [n, 2*hop] that are complete now (n may be 0)."""
+        if samples.ndim != 1 or samples.dtype != np.int16:
+            raise DataError(f"audio must be int16 [T] mono, got {samples.dtype} {list(samples.shape)}")
+        self._samples += len(samples)
+        return self._cut(np.concatenate([self._rest, samples]))
+
+    def flush(self) -> NDArray[np.int16]:
+        """The last frames, which reach past the end."""
+        missing = frames_of(self._samples, self.hop) - self._frames
+        needed = (missing + 1) * self.hop - len(self._rest) if missing else 0
+        return self._cut(np.concatenate([self._rest, np.zeros(needed, np.int16)]))
+
+    def _cut(self, samples: I16) -> NDArray[np.int16]:
+        ready = max(0, len(samples) // self.hop - 1)
+        self._rest = samples[ready * self.hop :]
+        self._frames += ready
+        if not ready:
+            return np.zeros((0, 2 * self.hop), np.int16)
+        return np.lib.stride_tricks.sliding_window_view(samples, 2 * self.hop)[:: self.hop][:ready]
+
+
 class AudioEncoder:
     """Encodes a stream: `push` samples as they come, `flush` once at the end."""
 
     def __init__(self, codec: AudioCodec) -> None:
-        self._codec = codec
-        self._rest = np.zeros(codec.hop, np.int16)  # samples that the next frame still needs
-        self._samples = 0
-        self._frames = 0
+        self._codec, self._framer = codec, Framer(codec.hop)
 
     def push(self, samples: I16) -> NDArray[np.int32]:
         """Codes int32 [n, books] of the frames that are complete now (n may be 0)."""
-        if samples.ndim != 1 or samples.dtype != np.int16:
-            raise DataError(f"audio must be int16 [T] mono, got {samples.dtype} {list(samples.shape)}")
-        self._samples += len(samples)
-        return self._emit(np.concatenate([self._rest, samples]))
+        return self._codec.encode_frames(self._framer.push(samples))
 
     def flush(self) -> NDArray[np.int32]:
         """Codes of the last frames, which reach past the end."""
-        missing = self._codec.frames(self._samples) - self._frames
-        needed = (missing + 1) * self._codec.hop - len(self._rest) if missing else 0
-        return self._emit(np.concatenate([self._rest, np.zeros(needed, np.int16)]))
-
-    def _emit(self, samples: I16) -> NDArray[np.int32]:
-        hop = self._codec.hop
-        ready = max(0, len(samples) // hop - 1)
-        self._rest = samples[ready * hop :]
-        self._frames += ready
-        if not ready:
-            return np.zeros((0, self._codec.books), np.int32)
-        windows = np.lib.stride_tricks.sliding_window_view(samples, 2 * hop)[::hop]
-        return self._codec.encode_frames(windows[:ready])
+        return self._codec.encode_frames(self._framer.flush())
 
 
-def _transform(frames: NDArray[np.int16], basis: NDArray[np.float64]) -> NDArray[np.float64]:
-    """MDCT of frames [n, 2*hop], times SCALE, rounded half up to integers: [n, bins]."""
+def frames_of(samples: int, hop: int) -> int:
+    """Frames that `samples` samples give."""
+    return -(-samples // hop) + 1 if samples else 0
+
+
+def transform(frames: NDArray[np.int16], basis: NDArray[np.float64], scale: int) -> NDArray[np.float64]:
+    """MDCT of frames [n, 2*hop], in 1/scale sample levels, rounded half up to integers: [n, bins]."""
     out = np.empty((len(frames), basis.shape[1]))
     for start in range(0, len(frames), 4096):
         sums = frames[start : start + 4096].astype(np.float64) @ basis
-        out[start : start + 4096] = np.floor(sums / (BASIS_SCALE // SCALE) + 0.5)
+        out[start : start + 4096] = np.floor(sums / (BASIS_SCALE // scale) + 0.5)
     return out

@@ -48,6 +48,15 @@ def unpack_codec(data: bytes, kind: str, *, where: str) -> tuple[dict[str, int],
         ) from error
 
 
+def kind_of(data: bytes) -> str:
+    """What kind of codec a file holds; "" when it does not say."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return str(json.loads(header["__metadata__"]["ringweave"])["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
 def sha256(data: bytes) -> str:
     """Hex digest."""
     return hashlib.sha256(data).hexdigest()

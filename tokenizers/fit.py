@@ -48,7 +48,7 @@ class FitSizes:
     max_characters: int = 4_000_000
 
 
-class _Reader:
+class RecordReader:
     """Reads records of the sources, passing over (and counting) those that cannot be decoded."""
 
     def __init__(self, samples: Samples, limit: int) -> None:
@@ -80,7 +80,7 @@ def fit_tokenizers(
     """
     sizes = sizes or FitSizes()
     say = progress or (lambda _message: None)
-    reader = _Reader(samples, sizes.max_records)
+    reader = RecordReader(samples, sizes.max_records)
     makers: dict[str, Callable[[], Any]] = {
         "text": lambda: _fit_text(reader, samples, sizes),
         "image": lambda: _fit_image(reader, sizes, seed),
@@ -112,7 +112,7 @@ def fit_tokenizers(
     }
 
 
-def _fit_text(reader: _Reader, samples: Samples, sizes: FitSizes) -> TextCodec | None:
+def _fit_text(reader: RecordReader, samples: Samples, sizes: FitSizes) -> TextCodec | None:
     texts, room = [], sizes.max_characters
     for source in [name for name in ("image", "rgba", "video", "text") if name in samples]:
         for text in reader(source, _optional_text):
@@ -126,16 +126,22 @@ def _optional_text(members: Members, *, where: str) -> str:
     return read.text_of(members, where=where) if "txt" in members else ""
 
 
-def _fit_image(reader: _Reader, sizes: FitSizes, seed: int) -> ImageCodec | None:
+def training_images(reader: RecordReader) -> list[Any]:
+    """Pictures uint8 [H, W, 3], and two frames of each video."""
     images = list(reader("image", read.image_of))
     for frames, _ in reader("video", read.video_of):
         images += [frames[0], frames[len(frames) // 2]]
+    return images
+
+
+def _fit_image(reader: RecordReader, sizes: FitSizes, seed: int) -> ImageCodec | None:
+    images = training_images(reader)
     if not images:
         return None
     return ImageCodec.fit(images, codes=sizes.image_codes, patch=sizes.image_patch, seed=seed)
 
 
-def _fit_rgba(reader: _Reader, sizes: FitSizes, seed: int) -> RgbaCodec | None:
+def _fit_rgba(reader: RecordReader, sizes: FitSizes, seed: int) -> RgbaCodec | None:
     layers = [layer for record in reader("rgba", read.layers_of) for layer in record]
     if not layers:
         return None
@@ -149,7 +155,7 @@ def _fit_rgba(reader: _Reader, sizes: FitSizes, seed: int) -> RgbaCodec | None:
     )
 
 
-def _fit_audio(reader: _Reader, sizes: FitSizes, seed: int) -> AudioCodec | None:
+def _fit_audio(reader: RecordReader, sizes: FitSizes, seed: int) -> AudioCodec | None:
     clips = [resample(clip, rate, sizes.audio_rate) for clip, rate in reader("audio", read.audio_of)]
     if not clips:
         return None
@@ -164,7 +170,7 @@ def _fit_audio(reader: _Reader, sizes: FitSizes, seed: int) -> AudioCodec | None
     )
 
 
-def _fit_score(reader: _Reader, sizes: FitSizes, seed: int) -> ScoreCodec | None:
+def _fit_score(reader: RecordReader, sizes: FitSizes, seed: int) -> ScoreCodec | None:
     pages = list(reader("score", read.score_of))
     if not pages:
         return None

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ class VocabularyManifest:
     text_pieces: str = ""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
+    #: The control ids known when it was made: CONTROL, or that of an older version, which had fewer.
+    control: dict[str, int] = field(default_factory=CONTROL.copy)
 
     def __post_init__(self) -> None:
         if self.version != FORMAT_VERSION:
@@ -99,6 +102,13 @@ class VocabularyManifest:
                 f"vocabulary manifest has format {self.version}, this version reads {FORMAT_VERSION}",
                 fix="install the version that wrote it, or train tokenizers again: ringweave tokenizer train",
             )
+        for name, number in self.control.items():
+            if CONTROL.get(name) != number:
+                raise VocabularyError(
+                    "the manifest has other control ids than this version",
+                    why=f"{name!r} is {number} there, {CONTROL.get(name, 'unknown')} here",
+                    fix="install the version that wrote it",
+                )
         end, names = CONTROL_SIZE, set()
         for block in self.blocks:
             if block.name in names or block.size <= 0 or block.start % ALIGN or block.start < end:
@@ -121,6 +131,69 @@ class VocabularyManifest:
             blocks.append(Block(name, start, size, modality, codec, sha256))
             start = align(start + size)
         return cls(tuple(blocks), text_pieces, preprocessing)
+
+    def append(
+        self,
+        parts: list[tuple[str, int, str, str, str]],
+        *,
+        text_pieces: str = "",
+        preprocessing: dict[str, Any] | None = None,
+    ) -> VocabularyManifest:
+        """This vocabulary with further (name, size, modality, codec, sha256) parts after its blocks.
+
+        preprocessing: keys to add; text_pieces: for the first text block. VocabularyError when they would change
+        what is there. Whatever comes of it `extends` this one.
+        """
+        added = VocabularyManifest.build(parts, text_pieces=text_pieces, preprocessing={}).blocks
+        shift = self.size - CONTROL_SIZE
+        blocks = (*self.blocks, *(replace(block, start=block.start + shift) for block in added))
+        newer = VocabularyManifest(
+            blocks,
+            text_pieces or self.text_pieces,
+            self.preprocessing | (preprocessing or {}),
+            control=self.control,
+        )
+        if not newer.extends(self):
+            raise VocabularyError(
+                "these parts change the vocabulary they should extend",
+                why=self.difference(newer, mine="before", theirs="after") or "",
+                fix="give new codecs names and preprocessing keys of their own",
+            )
+        return newer
+
+    def extends(self, older: VocabularyManifest) -> bool:
+        """Whether every id of `older` means here what it means there: its blocks unchanged, and others only after.
+
+        Preprocessing and control ids may have got new keys, never other values; a text hash stays.
+        """
+        kept = {key: value for key, value in self.preprocessing.items() if key in older.preprocessing}
+        return (
+            self.blocks[: len(older.blocks)] == older.blocks
+            and canonical_json(kept) == canonical_json(older.preprocessing)
+            and older.control.items() <= self.control.items()
+            and older.text_pieces in ("", self.text_pieces)
+        )
+
+    def difference(
+        self, other: VocabularyManifest, *, mine: str = "this one", theirs: str = "the other"
+    ) -> str | None:
+        """The first thing in which the two differ, and how, naming both sides; None when their hashes are equal."""
+        for here, there in zip_longest(self.blocks, other.blocks):
+            if here is None or there is None:
+                return f"block {(here or there).name!r} is only in {mine if here else theirs}"
+            for field_ in ("name", "start", "size", "modality", "codec", "sha256"):
+                a, b = getattr(here, field_), getattr(there, field_)
+                if a != b:
+                    a, b = (_short(a), _short(b)) if field_ == "sha256" else (a, b)
+                    return f"block {here.name!r}: {_NAMES.get(field_, field_)} {a} in {mine}, {b} in {theirs}"
+        for what, a, b in (
+            ("control", self.control, other.control),
+            ("text_pieces", self.text_pieces, other.text_pieces),
+            ("preprocessing", self.preprocessing, other.preprocessing),
+        ):
+            if found := _value_difference(what, a, b, mine, theirs):
+                return found
+        return None
 
     @property
     def size(self) -> int:
@@ -166,7 +239,7 @@ class VocabularyManifest:
         return canonical_json(
             {
                 "version": self.version,
-                "control": CONTROL,
+                "control": self.control,
                 "blocks": [asdict(block) for block in self.blocks],
                 "text_pieces": self.text_pieces,
                 "preprocessing": self.preprocessing,
@@ -178,8 +251,9 @@ class VocabularyManifest:
         """Parse `to_json`'s output; VocabularyError on anything else."""
         try:
             raw = json.loads(text)
-            if raw["control"] != CONTROL:
-                raise VocabularyError("the manifest has other control ids than this version", where=where)
+            control = dict(raw["control"])
+            if any(type(number) is not int for number in control.values()):
+                raise ValueError("a control id is not a whole number")
             fields = ("name", "start", "size", "modality", "codec", "sha256")
             kinds = (str, int, int, str, str, str)
             blocks = []
@@ -187,9 +261,13 @@ class VocabularyManifest:
                 if set(entry) != set(fields) or any(type(entry[f]) is not k for f, k in zip(fields, kinds)):
                     raise ValueError(f"block {entry!r} does not have the fields {fields}")
                 blocks.append(Block(**entry))
-            return cls(tuple(blocks), str(raw["text_pieces"]), dict(raw["preprocessing"]), raw["version"])
-        except VocabularyError:
-            raise
+            return cls(
+                tuple(blocks), str(raw["text_pieces"]), dict(raw["preprocessing"]), raw["version"], control
+            )
+        except VocabularyError as error:
+            raise VocabularyError(
+                error.what, where=error.where or where, why=error.why, fix=error.fix
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise VocabularyError(
                 "not a vocabulary manifest", where=where, why=f"{type(error).__name__}: {error}"
@@ -212,3 +290,106 @@ class VocabularyManifest:
                 fix="train tokenizers first: ringweave tokenizer train",
             ) from error
         return cls.from_json(text, where=str(path))
+
+
+_NAMES = {"start": "starts at", "size": "size", "sha256": "weights", "name": "name"}
+_ABSENT = object()
+
+
+def _short(digest: str) -> str:
+    """Enough of a hash to tell two apart."""
+    return f"{digest[:12]}…" if len(digest) > 12 else digest
+
+
+def _value_difference(key: str, a: Any, b: Any, mine: str, theirs: str) -> str | None:
+    """The first key, dotted, at which two JSON values differ, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted({*a, *b}):
+            one, two = a.get(name, _ABSENT), b.get(name, _ABSENT)
+            if found := _value_difference(f"{key}.{name}", one, two, mine, theirs):
+                return found
+        return None
+    shown = ["absent" if v is _ABSENT else canonical_json(v) for v in (a, b)]
+    if shown[0] == shown[1]:
+        return None
+    return f"{key}: {shown[0][:60]} in {mine}, {shown[1][:60]} in {theirs}"
+
+
+def require_same(
+    mine: VocabularyManifest | str,
+    theirs: VocabularyManifest | str,
+    *,
+    mine_is: str,
+    theirs_is: str,
+    fix: str = "",
+) -> None:
+    """VocabularyError unless both vocabularies are equal.
+
+    mine, theirs: a manifest, or its hash where only that is stored (the error then cannot name the block).
+    mine_is, theirs_is: what each belongs to, as in "the tokenizers in runs/tok" and "the checkpoint step-100".
+    """
+    hashes = [side if isinstance(side, str) else side.hash for side in (mine, theirs)]
+    if hashes[0] == hashes[1]:
+        return
+    why = f"{mine_is}: {_short(hashes[0])}; {theirs_is}: {_short(hashes[1])}"
+    if isinstance(mine, VocabularyManifest) and isinstance(theirs, VocabularyManifest):
+        why += f"; {mine.difference(theirs, mine=mine_is, theirs=theirs_is)}"
+        if mine.extends(theirs):
+            fix = (
+                fix
+                or f"{mine_is} only adds to the other: ids may be used as they are, a model needs more rows"
+            )
+    raise VocabularyError(
+        f"{theirs_is} was made with another vocabulary than {mine_is}",
+        why=why,
+        fix=fix or f"use the tokenizers {theirs_is} was made with, or give a remap table",
+    )
+
+
+def remap(older: VocabularyManifest, newer: VocabularyManifest) -> NDArray[np.int32]:
+    """Table int32 [older.size]: the id in `newer` of what each id of `older` means, -1 where nothing does.
+
+    A block's counterpart is the block of equal size at the same place among those of the codec with the same
+    sha256, whatever its name; a control id stays, unless `newer` does not know its name.
+    """
+    table = np.full(older.size, -1, np.int32)
+    table[:CONTROL_SIZE] = np.arange(CONTROL_SIZE)
+    table[[number for name, number in older.control.items() if name not in newer.control]] = -1
+    counterparts = _places(newer)
+    for place, block in _places(older).items():
+        there = counterparts.get(place)
+        if there is not None and there.size == block.size:
+            table[block.start : block.stop] = np.arange(there.start, there.stop)
+    return table
+
+
+def _places(manifest: VocabularyManifest) -> dict[tuple[str, int], Block]:
+    """(codec's sha256, number of the block in that codec) -> block."""
+    seen: dict[str, int] = {}
+    out = {}
+    for block in manifest.blocks:
+        seen[block.sha256] = seen.get(block.sha256, -1) + 1
+        out[block.sha256, seen[block.sha256]] = block
+    return out
+
+
+def apply_remap(
+    ids: NDArray[np.int32], table: NDArray[np.int32], *, older: VocabularyManifest
+) -> NDArray[np.int32]:
+    """`ids` [n] of `older` as ids of the newer vocabulary, by the table of `remap`.
+
+    VocabularyError naming the block of the first id without a counterpart.
+    """
+    ids = np.asarray(ids)
+    inside = (ids >= 0) & (ids < len(table))
+    out = np.where(inside, table[np.where(inside, ids, 0)], -1).astype(np.int32)
+    if (lost := np.flatnonzero(out.reshape(-1) < 0)).size:
+        at = int(lost[0])
+        number = int(ids.reshape(-1)[at])
+        owner = next((f"block {b.name!r}" for b in older.blocks if b.start <= number < b.stop), "no block")
+        raise VocabularyError(
+            f"id {number} at place {at} has no counterpart in the newer vocabulary",
+            why=f"it belongs to {owner}; {lost.size} of {ids.size} ids have none",
+            fix="tokenize the source again with the newer tokenizers",
+        )
+    return out

@@ -50,7 +50,7 @@ class ScoreCodec:
     ) -> ScoreCodec:
         """Fit to grey pages of any sizes."""
         rng = np.random.default_rng(seed)
-        cells = np.concatenate([_ink(page, patch).reshape(-1, patch * patch) for page in pages])
+        cells = np.concatenate([ink_cells(page, patch).reshape(-1, patch * patch) for page in pages])
         cells = cells[cells.max(1) >= BLANK_BELOW]
         cells = cells[rng.permutation(len(cells))[:50_000]].astype(np.float64)
         book = fit_books(cells * SCALE, books, codes, seed=seed, rounds=10)
@@ -71,7 +71,7 @@ class ScoreCodec:
             codes = self.encode(page)
             ink = self._ink_of(codes)
             marked = codes[..., 0] != BLANK
-            yield neighbourhood(ink @ self._project)[marked], (_ink(page, self.patch) - ink)[marked]
+            yield neighbourhood(ink @ self._project)[marked], (ink_cells(page, self.patch) - ink)[marked]
 
     def _ink_of(self, codes: NDArray[np.int32]) -> F64:
         """Ink [h, w, p*p] of the codes alone; 0 where blank or missing."""
@@ -80,7 +80,7 @@ class ScoreCodec:
 
     def encode(self, page: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Codes int32 [h, w, books] of grey uint8 [H, W], padded with paper to whole patches."""
-        ink = _ink(page, self.patch)
+        ink = ink_cells(page, self.patch)
         cells = ink.reshape(-1, ink.shape[-1])
         marked = cells.max(1) >= self.config["blank_below"]
         out = np.full((len(cells), self.books), BLANK, np.int32)
@@ -104,6 +104,6 @@ class ScoreCodec:
         return cls(*unpack_codec(data, cls.kind, where=where))
 
 
-def _ink(page: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
-    """Ink cells [h, w, p*p]."""
+def ink_cells(page: NDArray[np.uint8], patch: int) -> NDArray[np.uint8]:
+    """Ink (255 - grey) of a page [H, W] in cells [h, w, p*p], padded with paper."""
     return to_patches(pad_to(255 - page[..., None], patch, mode="constant"), patch)

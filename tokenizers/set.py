@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringweave.tokenizers.audio import AudioCodec, resample
-from ringweave.tokenizers.codec import sha256
+from ringweave.tokenizers.codec import kind_of, sha256
+from ringweave.tokenizers.conv_codecs import ConvAudioCodec, ConvImageCodec, ConvScoreCodec
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.grid import write_grid
 from ringweave.tokenizers.image import ImageCodec
@@ -34,7 +35,15 @@ CODECS: dict[str, Any] = {
     "audio": AudioCodec,
     "score": ScoreCodec,
 }
+#: Codecs that may stand in for those of CODECS: the kind that their file names -> class.
+LEARNED: dict[str, Any] = {codec.kind: codec for codec in (ConvImageCodec, ConvScoreCodec, ConvAudioCodec)}
 I32 = NDArray[np.int32]
+
+
+def codec_class(name: str, data: bytes) -> Any:
+    """The class that reads the file `data` of the codec `name`: a learned one where it says so."""
+    kind = kind_of(data) if name != "text" else ""
+    return LEARNED[kind] if kind in LEARNED and kind.partition(".")[0] == name else CODECS[name]
 
 
 def file_name(codec: str) -> str:
@@ -97,7 +106,7 @@ class TokenizerSet:
             if name != "text":
                 _same(name, expected, sha256(files[name]), path)
             try:
-                codecs[name] = CODECS[name].from_bytes(files[name], where=str(path))
+                codecs[name] = codec_class(name, files[name]).from_bytes(files[name], where=str(path))
             except (KeyError, ValueError, TypeError, IndexError) as error:
                 raise VocabularyError(
                     f"the {name} codec is malformed", where=str(path), why=f"{type(error).__name__}: {error}"
@@ -355,4 +364,7 @@ def _preprocessing(codecs: dict[str, Any]) -> dict[str, Any]:
         out["audio"] = {"rate": audio.rate, "hop": audio.hop, "channels": "mono", "order": "frame-major"}
     if "score" in codecs:
         out["score"] = {"patch": codecs["score"].patch, "pad": "white", "colour": "grey"}
+    for name, codec in codecs.items():
+        if codec.kind in LEARNED:
+            out[name]["codec"] = codec.kind
     return out

@@ -1,9 +1,14 @@
-"""Text codec: sentencepiece BPE that gives every string back.
+"""Text codec: sentencepiece, BPE or unigram, that gives every string back.
 
 Byte fallback, identity normalisation, no dummy prefix, whitespace kept, newline as a piece of its own. What
 sentencepiece cannot tell apart is a literal U+2581 from a space (it uses that character for spaces inside),
 so U+2581 is written as U+E000 "1" and a literal U+E000 as U+E000 "0" before encoding, and back after.
 Lone surrogates are not text in UTF-8 and are refused.
+
+A unigram model takes the path of the highest sum of scores. sentencepiece adds them up in float32 over the
+whole string, so where two paths are equal or near, rounding decides, and a library that adds in float64 decides
+otherwise (in 2 to 6 % of documents). Here the scores are rounded to 1/256 and the text is cut into
+at most 1,024 characters, after a newline if it can be: all sums are exact, so ids do not depend on the library.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sentencepiece
@@ -20,7 +25,9 @@ from numpy.typing import NDArray
 from ringweave.tokenizers.codec import sha256
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.manifest import canonical_json
+from ringweave.tokenizers.text_model import NORMAL, USER_DEFINED, Piece, changed, pieces_of, type_of
 
+ModelType = Literal["bpe", "unigram"]
 ESCAPE, SPACE = "\ue000", "\u2581"
 _ESCAPED = re.compile(f"{ESCAPE}([01])")
 #: What the trainer and every loaded model must use: anything else loses characters.
@@ -29,6 +36,20 @@ NORMALIZER: dict[str, Any] = {
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
 }
+#: A unigram model sees at most this many characters at once: what is left if it fits, else up to the last newline
+#: that fits, else so many.
+UNIGRAM_CHUNK = 1024
+#: The same as a pattern that Python and Oniguruma (Hugging Face's tokenizers) read alike.
+CHUNK_PATTERN = (
+    rf"[\s\S]{{1,{UNIGRAM_CHUNK}}}(?![\s\S])|[\s\S]{{0,{UNIGRAM_CHUNK - 1}}}\n|[\s\S]{{{UNIGRAM_CHUNK}}}"
+)
+_CHUNKS = re.compile(CHUNK_PATTERN)
+SCORE_STEP = 1 / 256
+#: sentencepiece's penalty, below the lowest score, of a character that is no piece.
+UNKNOWN_PENALTY = 10.0
+#: Pieces of every unigram model: "<0x41>" in a text must never need the byte pieces of its own characters,
+#: because Hugging Face's unigram would find the byte piece of that name (see text_export.py).
+UNIGRAM_CHARACTERS = "".join(map(chr, range(33, 127)))
 PROBE = (
     " two  spaces\n\n\ttab\r\n\x00 \u00e9 e\u0301 \u2581 \ue000 \ue0001 \U0001f469\u200d\U0001f4bb <0x41> "
 )
@@ -56,6 +77,26 @@ def training_lines(texts: Iterable[str], *, limit: int = 4096) -> Iterator[str]:
                 yield line[start : start + limit].replace("\x00", "")
 
 
+def _with_exact_scores(model: bytes) -> bytes:
+    """A unigram model whose scores are multiples of SCORE_STEP, small enough for exact sums in float32.
+
+    The newline becomes a normal piece: no other holds it, so every path goes over it all the same, and
+    sentencepiece gives user-defined pieces a score of its own that is no such multiple.
+    """
+    pieces = []
+    for piece in pieces_of(model):
+        kind = NORMAL if piece.kind == USER_DEFINED else piece.kind
+        pieces.append(Piece(piece.text, round(piece.score / SCORE_STEP) * SCORE_STEP, kind))
+    lowest = min((piece.score for piece in pieces if piece.kind == NORMAL), default=0.0)
+    if (UNKNOWN_PENALTY - lowest) * UNIGRAM_CHUNK >= SCORE_STEP * 2**24:
+        raise DataError(
+            "cannot train the text tokenizer",
+            why=f"a piece has the score {lowest:.1f}, too low for exact sums",
+            fix="use model_type bpe, or a smaller vocabulary",
+        )
+    return changed(model, pieces)
+
+
 class TextCodec:
     """text <-> local ids [0, size)."""
 
@@ -67,6 +108,7 @@ class TextCodec:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # the wrapper raises RuntimeError or TypeError, by version
             raise VocabularyError("not a sentencepiece model", where=where, why=str(error)) from error
+        self.model_type = type_of(model)
         if self.decode(self.encode(PROBE, where=where)) != PROBE:
             raise VocabularyError(
                 "this sentencepiece model loses characters",
@@ -76,14 +118,24 @@ class TextCodec:
             )
 
     @classmethod
-    def fit(cls, texts: Iterable[str], *, size: int) -> TextCodec:
-        """Train on `texts`. A corpus too small for `size` pieces gives fewer."""
+    def fit(cls, texts: Iterable[str], *, size: int, model_type: ModelType = "bpe") -> TextCodec:
+        """Train on `texts`; equal texts give equal pieces. A corpus too small for `size` pieces gives fewer.
+
+        A unigram model has every printable ASCII character as a piece, so it needs 352 pieces and more.
+        """
+        if model_type not in get_args(ModelType):
+            raise DataError(
+                f"there is no text tokenizer of type {model_type!r}",
+                fix=f"use {' or '.join(get_args(ModelType))}",
+            )
         sink = io.BytesIO()
+        required = {"required_chars": UNIGRAM_CHARACTERS} if model_type == "unigram" else {}
+        settings: dict[str, Any] = NORMALIZER | required
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=training_lines(texts),
                 model_writer=sink,
-                model_type="bpe",
+                model_type=model_type,
                 vocab_size=size,
                 hard_vocab_limit=False,
                 byte_fallback=True,
@@ -96,7 +148,7 @@ class TextCodec:
                 eos_id=-1,
                 pad_id=-1,
                 minloglevel=2,
-                **NORMALIZER,
+                **settings,
             )
         except RuntimeError as error:
             raise DataError(
@@ -104,7 +156,8 @@ class TextCodec:
                 why=str(error),
                 fix="give it more text, or a smaller vocabulary",
             ) from error
-        return cls(sink.getvalue())
+        model = sink.getvalue()
+        return cls(_with_exact_scores(model) if model_type == "unigram" else model)
 
     @property
     def size(self) -> int:
@@ -122,7 +175,10 @@ class TextCodec:
             ]
             for i in range(self.size)
         ]
-        return sha256(canonical_json({"pieces": pieces, "normalizer": NORMALIZER}).encode("utf-8"))
+        meaning: dict[str, Any] = {"pieces": pieces, "normalizer": NORMALIZER}
+        if self.model_type == "unigram":
+            meaning["unigram_chunk"] = UNIGRAM_CHUNK
+        return sha256(canonical_json(meaning).encode("utf-8"))
 
     def encode(self, text: str, *, where: str = "") -> NDArray[np.int32]:
         """Local ids of the whole of `text`, int32 [n]; DataError for a lone surrogate."""
@@ -135,7 +191,13 @@ class TextCodec:
                 why="it has no UTF-8 form, so it could not be given back",
                 fix="decode the source with the right encoding",
             ) from error
-        return np.asarray(self._processor.encode(escape(text)), np.int32)
+        if self.model_type != "unigram":
+            return np.asarray(self._processor.encode(escape(text)), np.int32)
+        ids: list[int] = []
+        # One by one: sentencepiece makes a pool of threads for a list of texts, which costs more than it saves.
+        for chunk in _CHUNKS.findall(escape(text)):
+            ids += self._processor.encode(chunk)
+        return np.array(ids, np.int32)
 
     def decode(self, ids: NDArray[np.int32]) -> str:
         """Inverse of `encode`; byte pieces that are not UTF-8 become U+FFFD. Ids must lie in [0, size)."""

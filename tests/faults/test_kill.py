@@ -37,7 +37,7 @@ def test_sigkill_loses_and_repeats_nothing(job) -> None:
         {"context": 128, "batch": 2, "tokens": "2K", "layout": {"dp": 2}},
         {"context": 256, "batch": 2, "tokens": "16K", "layout": {"sp": 2}},
     ]
-    # From step 21 to the end no checkpoint is written: a kill that comes late on a busy machine still falls between two.
+    # From step 21 to the end none is written: a kill that comes late on a busy machine still falls between two.
     job.values["checkpoint"] = {"every": "20 steps"}
     path = job.config()
     config = load_config(path)

@@ -1,0 +1,402 @@
+"""Training of the learned codecs: from the closed form, on crops of records, in torch; rounded to integers at the end.
+
+Two phases. First encoder, codebooks and decoder learn together, with codes picked greedily and gradients passed
+straight through. Then encoder and codebooks are rounded to integers and kept, and the decoder alone learns from the
+codes that the finished encoder gives, beam search and all. What a step sees depends on (seed, step) only, so a run that
+was stopped and goes on equals one that was not, and so does one over more ranks (to rounding).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ringweave.tokenizers.codec import Tensors
+from ringweave.tokenizers.conv_codec import BASIS, ConvCore, decoder_shape, encoder_shape
+from ringweave.tokenizers.conv_net import ACTIVATION, LIMIT, Shape, round_weights
+from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.learn_start import Crops
+
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps: both phases together, the last third for the decoder alone; batch: crops of one step over all ranks;
+    rate: highest learning rate; absolute: weight of the absolute beside the squared error; ema: share of the old
+    weights kept by each step in the averages that become the codec; book_share: learning rate of the codebooks beside
+    `rate`."""
+
+    steps: int = 2000
+    batch: int = 24
+    rate: float = 2e-3
+    absolute: float = 0.05
+    commit: float = 1.0
+    ema: float = 0.995
+    book_share: float = 0.25
+    seed: int = 0
+
+    @property
+    def joint(self) -> int:
+        """Steps of the first phase."""
+        return self.steps * 2 // 3
+
+
+class _Net(nn.Module):
+    """`conv_net.IntegerNet` in float32: x [n, C, h, w]."""
+
+    def __init__(self, shape: Shape, generator: torch.Generator) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        for name, inputs, outputs, kernel in shape.layers():
+            sizes = (shape.rows, shape.columns) if kernel > 1 else (1, 1)
+            scale = 0.0 if name == "out" else math.sqrt(1 / (3 * inputs * kernel))
+            weight = torch.randn(outputs, inputs, *sizes, generator=generator) * scale
+            self.weights[_key(name)] = nn.Parameter(weight)
+            self.biases[_key(name)] = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        limit = LIMIT / ACTIVATION
+        hidden = self._layer("in", x.clamp(-limit, limit))
+        for n in range(self.shape.blocks):
+            rows, columns = self.shape.rows // 2, self.shape.columns // 2
+            padded = F.pad(F.relu(hidden), (columns, columns, rows, rows), mode="replicate")
+            inner = F.relu(self._layer(f"block{n}.a", padded))
+            hidden = (hidden + self._layer(f"block{n}.b", inner)).clamp(-limit, limit)
+        return self._layer("out", F.relu(hidden))
+
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weights[_key(name)], self.biases[_key(name)])
+
+    def rounded(self, prefix: str) -> Tensors:
+        """The weights in the fixed point of `IntegerNet`."""
+        out: Tensors = {}
+        for name, *_ in self.shape.layers():
+            weight = self.weights[_key(name)].detach().double().numpy()
+            matrix = weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
+            bias = self.biases[_key(name)].detach().double().numpy()
+            out[f"{prefix}{name}.weight"], out[f"{prefix}{name}.bias"] = round_weights(matrix, bias)
+        return out
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class LearnedCore(nn.Module):
+    """A `ConvCore` that learns. Numbers inside are in `unit`s of the core; cells [n, h, w, C] in units of a cell."""
+
+    def __init__(self, config: dict[str, int], tensors: Tensors, *, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(seed)
+        unit = float(config["unit"])
+        channels, dims = tensors["project"].shape
+        self.project = nn.Parameter(torch.tensor(tensors["project"] / BASIS, dtype=torch.float32))
+        self.back = nn.Parameter(torch.tensor(tensors["back"] / BASIS, dtype=torch.float32))
+        self.books = nn.Parameter(
+            torch.tensor(tensors["codebooks"] / (config["steps"] * unit), dtype=torch.float32)
+        )  # [Q, K, D]
+        self.register_buffer("mean", torch.tensor(tensors["mean"] / unit, dtype=torch.float32))
+        self.encoder = _Net(encoder_shape(config, dims), generator)
+        self.decoder = _Net(decoder_shape(config, dims, channels), generator)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Cells [n, h, w, C] in units of `unit` -> [n, h, w, D]."""
+        z = (x - self.mean) @ self.project
+        return z + self.encoder(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Greedy residual codes of z [m, D]: [m, Q]."""
+        codes = []
+        for book in self.books:
+            codes.append(((book * book).sum(1) - 2 * z @ book.T).argmin(1))
+            z = z - book[codes[-1]]
+        return torch.stack(codes, 1)
+
+    def decode(self, q: Tensor) -> Tensor:
+        """Sums of code vectors [n, h, w, D] -> cells [n, h, w, C]."""
+        return q @ self.back + self.mean + self.decoder(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def rounded(self) -> Tensors:
+        """Tensors of the `ConvCore` these weights make."""
+        unit = float(self.config["unit"])
+
+        def fixed(values: Tensor, steps: float) -> NDArray[np.int32]:
+            whole = np.rint(values.detach().double().numpy() * steps)
+            return np.clip(whole, -(2**31) + 1, 2**31 - 1).astype(np.int32)
+
+        return {
+            "project": fixed(self.project, BASIS),
+            "back": fixed(self.back, BASIS),
+            "mean": fixed(self.mean, unit),
+            "codebooks": fixed(self.books, self.config["steps"] * unit),
+            **self.encoder.rounded("encoder."),
+            **self.decoder.rounded("decoder."),
+        }
+
+
+class Training:
+    """Steps, averages, dead codes, and the state that a stopped training goes on from."""
+
+    def __init__(self, config: dict[str, int], tensors: Tensors, crops: Crops, schedule: Schedule) -> None:
+        self.config, self.crops, self.schedule = config, crops, schedule
+        self.core = LearnedCore(config, tensors, seed=schedule.seed)
+        self.average = LearnedCore(config, tensors, seed=schedule.seed)
+        self.average.requires_grad_(False)
+        self.step = 0
+        shape = (config["books"], config["codes"])
+        self.seen = torch.ones(shape)  # a trace of when each code was last used
+        self.loss = float("nan")
+        self._optimizer = self._new_optimizer()
+        self._finished: ConvCore | None = None  # what gives the codes in the second phase
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        fixed = self.step >= self.schedule.joint
+        for name, parameter in self.core.named_parameters():
+            parameter.requires_grad_(not fixed or name.startswith(("decoder.", "back")))
+        learning = [p for n, p in self.core.named_parameters() if p.requires_grad and n != "books"]
+        groups: list[dict[str, Any]] = [{"params": learning, "share": 1.0}]
+        if not fixed:
+            # A code is chosen by few cells of a step: its vector must not follow each of them.
+            groups.append({"params": [self.core.books], "share": self.schedule.book_share})
+        return torch.optim.AdamW(groups, lr=self.schedule.rate, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def run(self, *, until: int | None = None, progress: Callable[[int, float], Any] | None = None) -> None:
+        """Step on to `until` (at most the schedule's end). progress(step, loss)."""
+        stop = min(self.schedule.steps, until if until is not None else self.schedule.steps)
+        while self.step < stop:
+            if self.step == self.schedule.joint:
+                self._fix_encoder()
+            self._one_step()
+            self.step += 1
+            if progress is not None:
+                progress(self.step, self.loss)
+
+    def _fix_encoder(self) -> None:
+        """Second phase: the averages become the encoder and the books, and stay."""
+        self.core.load_state_dict(self.average.state_dict())
+        self._optimizer = self._new_optimizer()
+
+    def _rate(self) -> float:
+        """Linear warm-up over 50 steps, then a cosine to zero, in each phase anew (half as high in the second)."""
+        joint = self.schedule.joint
+        second = self.step >= joint
+        at, length = (self.step - joint, self.schedule.steps - joint) if second else (self.step, joint)
+        warm = min(1.0, (at + 1) / 50)
+        return (
+            self.schedule.rate * warm * 0.5 * (1 + math.cos(math.pi * at / length)) * (0.5 if second else 1)
+        )
+
+    def _one_step(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate() * group["share"]
+        cells, weights = self._my_part()
+        if self.step < self.schedule.joint:
+            terms, z, codes = self._joint_terms(cells, weights)
+        else:
+            terms, z, codes = [self._decoder_terms(cells, weights)], None, None
+        # Sums over all ranks, divided once: the number of cells that count differs between them.
+        count = _over_ranks((weights > 0).sum().float())
+        total = sum(terms) / count.clamp(min=1.0)
+        self.core.zero_grad()  # those of the first phase too: they must not count in the norm of the second
+        total.backward()
+        parameters = [p for p in self.core.parameters() if p.grad is not None]
+        for parameter in parameters:
+            assert parameter.grad is not None
+            _over_ranks(parameter.grad)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.loss = float(_over_ranks(total.detach().clone()))
+        if not (math.isfinite(self.loss) and math.isfinite(float(norm))):
+            raise DataError(
+                f"training of the codec diverged at step {self.step}", fix="lower the learning rate"
+            )
+        self._optimizer.step()
+        if z is not None and codes is not None:
+            self._revive(z, codes)
+        self._average()
+
+    def _my_part(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the step's crops: cells in `unit`s and their weights."""
+        rng = np.random.Generator(np.random.Philox(key=[self.schedule.seed, self.step]))
+        cells, weights = self.crops.batch(rng, self.schedule.batch)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = slice(rank * len(cells) // world, (rank + 1) * len(cells) // world)
+        unit = float(self.config["unit"])
+        return torch.tensor(cells[mine] / unit, dtype=torch.float32), torch.tensor(
+            weights[mine], dtype=torch.float32
+        )
+
+    def _joint_terms(self, x: Tensor, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        z = self.core.encode(x)
+        flat = z.reshape(-1, z.shape[-1])
+        live = (weights > 0).reshape(-1, 1)
+        codes = self.core.nearest(flat)
+        share = weights.reshape(-1)
+        # Each book is drawn to what it was asked for, each residual to the code it got (van den Oord et al., 2017).
+        rest, pull = flat, flat.new_zeros(())
+        for q, book in enumerate(self.core.books):
+            chosen = book[codes[:, q]]
+            to_book = (chosen - rest.detach()).pow(2).sum(1)
+            to_code = (rest - chosen.detach()).pow(2).sum(1)
+            pull = pull + ((to_book + self.schedule.commit * to_code) * share).sum() / x.shape[-1]
+            rest = rest - chosen.detach()
+        passed = (flat - rest.detach()) * live  # the sum of the codes, with the gradient of what was coded
+        out = self.core.decode(passed.reshape(z.shape))
+        return [self._misses(out, x, weights), pull], flat.detach(), codes[live[:, 0]]
+
+    def _decoder_terms(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Codes by the finished integer encoder, and the decoder's misses."""
+        if self._finished is None:
+            self._finished = ConvCore(self.config, self.core.rounded())
+        codes = self._finished.encode(np.rint(x.double().numpy() * self.config["unit"]))
+        vectors = self._finished.quantizer.decode(codes.reshape(-1, codes.shape[-1]))
+        q = torch.tensor(vectors / (self.config["steps"] * self.config["unit"]), dtype=torch.float32)
+        q = q.reshape(*codes.shape[:-1], -1) * (weights > 0)[..., None]
+        return self._misses(self.core.decode(q), x, weights)
+
+    def _misses(self, out: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        error = out - x
+        return ((error.pow(2).mean(-1) + self.schedule.absolute * error.abs().mean(-1)) * weights).sum()
+
+    def _revive(self, z: Tensor, codes: Tensor) -> None:
+        """Every 50 steps a code that was not used for long moves to where a cell of this step is badly served."""
+        used = torch.zeros_like(self.seen)
+        for q in range(self.config["books"]):
+            used[q, codes[:, q]] = 1
+        used = _over_ranks(used).clamp(max=1)
+        self.seen = torch.maximum(self.seen * 0.98, used)
+        if self.step % 50 != 49 or self.step > 0.8 * self.schedule.joint:
+            return
+        generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.step)
+        with torch.no_grad():
+            rest = _gathered(z)
+            for q, book in enumerate(self.core.books):
+                chosen = book[((book * book).sum(1) - 2 * rest @ book.T).argmin(1)]
+                lost = torch.nonzero(self.seen[q] < 0.2)[:, 0]
+                cost = (rest - chosen).pow(2).sum(1)
+                many = min(len(lost), int((cost > 0).sum()))
+                if many:
+                    places = torch.multinomial(cost, many, generator=generator)
+                    book[lost[:many]] = rest[places]
+                    self.average.books[q, lost[:many]] = rest[places]
+                    self.seen[q, lost[:many]] = 1
+                rest = rest - chosen
+
+    def _average(self) -> None:
+        # A short memory at first, so that the average is not of where training began.
+        start = self.schedule.joint if self.step >= self.schedule.joint else 0
+        keep = min(self.schedule.ema, (1 + self.step - start) / (10 + self.step - start))
+        with torch.no_grad():
+            for mine, now in zip(self.average.parameters(), self.core.parameters(), strict=True):
+                mine.lerp_(now, 1 - keep)
+
+    def tensors(self) -> Tensors:
+        """Tensors of the `ConvCore` that the averaged weights make."""
+        if self.step < self.schedule.joint:
+            return self.average.rounded()
+        fixed = self.core.rounded()  # encoder and books as the codes were made with
+        mine = self.average.rounded()
+        return {
+            name: mine[name] if name == "back" or name.startswith("decoder.") else fixed[name]
+            for name in fixed
+        }
+
+    # ---- going on ----
+
+    def save(self, path: Path) -> None:
+        """Write the state (rank 0 only); `restore` reads it."""
+        if dist.is_initialized() and dist.get_rank():
+            return
+        tensors = {f"core.{k}": v for k, v in self.core.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for name, moments in self._moments().items():
+            tensors |= {
+                f"optimizer.{name}.{k}": v.reshape(1) if v.ndim == 0 else v for k, v in moments.items()
+            }
+        tensors["seen"] = self.seen
+        about = {
+            "format": STATE_FORMAT,
+            "step": self.step,
+            "schedule": asdict(self.schedule),
+            "config": self.config,
+        }
+        data = save(
+            {k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"ringweave": json.dumps(about)}
+        )
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(data)
+        partial.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from `save`. DataError when it was another training."""
+        data = path.read_bytes()
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            about = json.loads(header["__metadata__"]["ringweave"])
+            tensors = load(data)
+            wanted = {"format": STATE_FORMAT, "schedule": asdict(self.schedule), "config": self.config}
+            other = [k for k, v in wanted.items() if about.get(k) != v]
+        except Exception as error:  # safetensors raises its own exception type on damage
+            raise DataError(
+                "cannot read the state of a codec's training", where=str(path), why=str(error),
+                fix="remove the file to start over",
+            ) from error  # fmt: skip
+        if other:
+            raise DataError(
+                f"the state of a codec's training is of another {' and '.join(other)}", where=str(path),
+                fix="use the settings it was started with, or remove the file to start over",
+            )  # fmt: skip
+        self.step = int(about["step"])
+        for part, module in (("core.", self.core), ("average.", self.average)):
+            module.load_state_dict({k[len(part) :]: v for k, v in tensors.items() if k.startswith(part)})
+        self.seen = tensors["seen"]
+        self._optimizer = self._new_optimizer()
+        for name, parameter in self.core.named_parameters():
+            found = {k: v for k, v in tensors.items() if k.startswith(f"optimizer.{name}.")}
+            if parameter.requires_grad and found:
+                self._optimizer.state[parameter] = {
+                    k.rpartition(".")[2]: v.reshape(()) if k.endswith(".step") else v
+                    for k, v in found.items()
+                }
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        state = self._optimizer.state
+        return {name: state[p] for name, p in self.core.named_parameters() if p.requires_grad and p in state}
+
+
+def _over_ranks(value: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def _gathered(value: Tensor) -> Tensor:
+    """The rows of all ranks, in their order."""
+    if not dist.is_initialized():
+        return value
+    parts: list[Any] = [None] * dist.get_world_size()
+    counts = torch.tensor([len(value)])
+    sizes = [torch.zeros_like(counts) for _ in parts]
+    dist.all_gather(sizes, counts)
+    longest = max(int(s) for s in sizes)
+    padded = torch.zeros(longest, *value.shape[1:])
+    padded[: len(value)] = value
+    out = [torch.zeros_like(padded) for _ in parts]
+    dist.all_gather(out, padded)
+    return torch.cat([rows[: int(size)] for rows, size in zip(out, sizes)])

@@ -1,0 +1,114 @@
+"""Learned codecs for a tokenizer set that has its closed forms: read records, train, keep state, save the set."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ringweave.tokenizers import members as read
+from ringweave.tokenizers.audio import resample
+from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.fit import FitSizes, RecordReader, Samples, training_images
+from ringweave.tokenizers.learn import Schedule, Training
+from ringweave.tokenizers.learn_start import NetSizes, Start, audio_start, image_start, score_start
+from ringweave.tokenizers.set import TokenizerSet
+
+LEARNABLE = ("image", "audio", "score")
+#: Folder beside the codecs that holds the state of trainings that are not done.
+STATE_FOLDER = "training"
+
+
+def learn_codecs(
+    samples: Samples,
+    folder: Path,
+    *,
+    names: Sequence[str],
+    schedule: Schedule,
+    sizes: FitSizes | None = None,
+    net: NetSizes | None = None,
+    save_every_s: float = 60.0,
+    progress: Callable[[str], Any] | None = None,
+) -> dict[str, Any]:
+    """Train the codecs `names` of the set in `folder` on `samples` and put them in the place of their closed forms.
+
+    Every rank of a process group calls it with the same arguments; rank 0 writes. Stopped, it goes on from its last
+    state when called again with the same settings. Returns {name: {"seconds", "steps", "loss", "resumed_at"}}. Raises
+    DataError for a modality without records or of another kind, and for a training that diverges.
+    """
+    sizes, say = sizes or FitSizes(), progress or (lambda _message: None)
+    strange = [name for name in names if name not in LEARNABLE]
+    if strange:
+        raise DataError(
+            f"{', '.join(strange)} cannot be learned", fix=f"name some of: {', '.join(LEARNABLE)}"
+        )
+    reader = RecordReader(samples, sizes.max_records)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    states, done, out = folder / STATE_FOLDER, {}, {}
+    if first:
+        states.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        say(f"preparing the {name} tokenizer")
+        start = _start(name, reader, sizes, net or NetSizes(), schedule.seed)
+        training = Training(start.config, start.tensors, start.crops, replace(schedule, commit=start.commit))
+        state = states / f"{name}.safetensors"
+        if state.exists():
+            training.restore(state)
+        resumed, started = training.step, time.perf_counter()
+        _run(training, state, name, save_every_s, say)
+        done[name] = start.codec(training.tensors())
+        out[name] = {
+            "seconds": round(time.perf_counter() - started, 2),
+            "steps": training.step,
+            "loss": training.loss,
+            "resumed_at": resumed,
+        }
+    if first:
+        loaded = TokenizerSet.load(folder)
+        files = {name: data for name, data in loaded.files.items() if name not in done}
+        codecs = loaded.codecs | done
+        TokenizerSet(codecs, files=files | {name: codec.to_bytes() for name, codec in done.items()}).save(
+            folder
+        )
+        shutil.rmtree(states)
+    if dist.is_initialized():
+        dist.barrier()
+    return out
+
+
+def _run(training: Training, state: Path, name: str, every_s: float, say: Callable[[str], Any]) -> None:
+    """All steps, with the state saved about every `every_s` seconds, at steps that all ranks agree on."""
+    total, saved = training.schedule.steps, time.perf_counter()
+    while training.step < total:
+        training.run(until=training.step + 20)
+        say(f"learning the {name} tokenizer: step {training.step} of {total}, loss {training.loss:.4f}")
+        if time.perf_counter() - saved > every_s:
+            training.save(state)
+            saved = time.perf_counter()
+
+
+def _start(name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, seed: int) -> Start:
+    records: list[Any]
+    if name == "image":
+        records = training_images(reader)
+    elif name == "audio":
+        records = [resample(clip, rate, sizes.audio_rate) for clip, rate in reader("audio", read.audio_of)]
+    else:
+        records = list(reader("score", read.score_of))
+    if not records:
+        raise DataError(f"there are no {name} records to learn from")
+    if name == "image":
+        return image_start(records, codes=sizes.image_codes, patch=sizes.image_patch, net=net, seed=seed)
+    if name == "audio":
+        return audio_start(
+            records, rate=sizes.audio_rate, hop=sizes.audio_hop, bins=sizes.audio_bins, books=sizes.audio_books,
+            codes=sizes.audio_codes, net=net, seed=seed,
+        )  # fmt: skip
+    return score_start(
+        records, books=sizes.score_books, codes=sizes.score_codes, patch=sizes.score_patch, net=net, seed=seed
+    )
