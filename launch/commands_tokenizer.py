@@ -42,13 +42,29 @@ def train(
         Path | None,
         typer.Option("--config", metavar="YAML", help="Fit to this config's sources, by their plans."),
     ] = None,
+    learn: Annotated[
+        str,
+        typer.Option("--learn", metavar="LIST", help="Train these as convolutions too: image,audio,score."),
+    ] = "",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="With --learn: steps of each codec.")] = 2000,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit the tokenizers of all modalities on the train shards, then measure them on the held-out shards."""
+    """Fit the tokenizers of all modalities on the train shards, then measure them on the held-out shards.
+
+    With --learn, a stopped training goes on from its last state when the command is given again.
+    """
     printer = Output(as_json)
+    names = [name.strip() for name in learn.split(",") if name.strip()]
     if (data is None) == (config is None):
         raise ConfigError(
             "tokenizers are fitted to --data DIR or to --config YAML", fix="give one of the two"
+        )
+    from ringweave.tokenizers.fit import LEARNABLE, fit_tokenizers, measure
+
+    strange = [name for name in names if name not in LEARNABLE]
+    if strange:
+        raise ConfigError(
+            f"--learn: {', '.join(strange)} cannot be learned", fix=f"name some of {', '.join(LEARNABLE)}"
         )
     samples: Mapping[str, Iterable[Mapping[str, bytes]]]
     heldout: Mapping[str, Iterable[Mapping[str, bytes]]]
@@ -57,17 +73,30 @@ def train(
     else:
         assert data is not None
         samples, heldout = records_by_source(data, "train"), records_by_source(data, "heldout")
-    from ringweave.tokenizers.fit import fit_tokenizers, measure
 
     with Progress() as progress:
         fitted = fit_tokenizers(samples, out, progress=progress)
+        learned = _learned(names, samples, out, steps, progress) if names else {}
         progress("measuring on held-out records")
         measured = measure(load_tokenizers(out), heldout) if heldout else {}
     printer.say(f"wrote {out}")
-    for title, figures in (("fitted", fitted), ("held out", measured)):
+    for title, figures in (("fitted", fitted), ("learned", learned), ("held out", measured)):
         for name, value in figures.items():
             printer.say(f"  {title} {name}: {brief(value)}")
-    printer.result({"out": str(out), "fitted": fitted, "heldout": measured})
+    printer.result({"out": str(out), "fitted": fitted, "learned": learned, "heldout": measured})
+
+
+def _learned(
+    names: list[str],
+    samples: Mapping[str, Iterable[Mapping[str, bytes]]],
+    out: Path,
+    steps: int,
+    progress: Progress,
+) -> dict[str, object]:
+    from ringweave.tokenizers.learn import Schedule  # here, because it imports torch
+    from ringweave.tokenizers.learn_run import learn_codecs
+
+    return learn_codecs(samples, out, names=names, schedule=Schedule(steps=steps), progress=progress)
 
 
 @tokenizer_app.command(

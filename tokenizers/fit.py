@@ -23,6 +23,8 @@ from ringweave.tokenizers.text import TextCodec
 __all__ = ["FitSizes", "fit_tokenizers", "measure"]
 
 Samples = Mapping[str, Iterable[Members]]
+#: Codecs that `learn_run.learn_codecs` can train beyond their closed form.
+LEARNABLE = ("image", "audio", "score")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ import torch.distributed as dist
 from ringweave.tokenizers import members as read
 from ringweave.tokenizers.audio import resample
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.fit import FitSizes, RecordReader, Samples, training_images
+from ringweave.tokenizers.fit import LEARNABLE, FitSizes, RecordReader, Samples, training_images
 from ringweave.tokenizers.learn import Schedule, Training
 from ringweave.tokenizers.learn_start import NetSizes, Start, audio_start, image_start, score_start
 from ringweave.tokenizers.set import TokenizerSet
 
-LEARNABLE = ("image", "audio", "score")
 #: Folder beside the codecs that holds the state of trainings that are not done.
 STATE_FOLDER = "training"
 

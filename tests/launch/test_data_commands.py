@@ -232,10 +232,15 @@ def test_tokenizers_are_fitted_to_a_config_by_its_plans(
     assert records["image"][3] == {"txt": b"dog\npicture 3", "png": png(3, 16)}
     assert [record["txt"] for record in records["text"]] == [b"who\nme"] * 5
     code, made, _ = call(
-        capsys, "tokenizer", "train", "--config", str(config), "--out", str(tmp_path / "fitted")
-    )
+        capsys, "tokenizer", "train", "--config", str(config), "--out", str(tmp_path / "fitted"),
+        "--learn", "image", "--steps", "2",
+    )  # fmt: skip
     assert code == 0 and set(made["fitted"]["seconds"]) == {"text", "image"} and made["heldout"] == {}
     assert made["fitted"]["skipped"] == {"image": 1}
+    assert made["learned"]["image"]["steps"] == 2
+    assert TokenizerSet.load(tmp_path / "fitted").codecs["image"].kind == "image.conv"
+    learning = ["tokenizer", "train", "--config", str(config), "--out", str(tmp_path / "f2"), "--learn"]
+    assert run([*learning, "text"]) == 2
     assert run(["tokenizer", "train", "--out", str(tmp_path / "x")]) == 2
     assert run(["tokenizer", "train", "--out", "x", "--data", str(data), "--config", str(config)]) == 2
 
