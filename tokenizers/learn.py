@@ -8,6 +8,7 @@ was stopped and goes on equals one that was not, and so does one over more ranks
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -92,6 +93,14 @@ class _Net(nn.Module):
         return out
 
 
+def _digest(tensors: Tensors) -> str:
+    """Of the closed form a training starts from: other records, other digest."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
+    return found.hexdigest()
+
+
 def _key(name: str) -> str:
     return name.replace(".", "_")
 
@@ -158,6 +167,9 @@ class Training:
         self.core = LearnedCore(config, tensors, seed=schedule.seed)
         self.average = LearnedCore(config, tensors, seed=schedule.seed)
         self.average.requires_grad_(False)
+        #: 1 when code 0 of every book is the zero vector and stays it: a codec that says silence with it.
+        self.reserved = int(not tensors["codebooks"][:, 0].any())
+        self._start = _digest(tensors)
         self.step = 0
         shape = (config["books"], config["codes"])
         self.seen = torch.ones(shape)  # a trace of when each code was last used
@@ -226,6 +238,9 @@ class Training:
                 f"training of the codec diverged at step {self.step}", fix="lower the learning rate"
             )
         self._optimizer.step()
+        if self.reserved:
+            with torch.no_grad():
+                self.core.books[:, 0] = 0
         if z is not None and codes is not None:
             self._revive(z, codes)
         self._average()
@@ -288,6 +303,7 @@ class Training:
             for q, book in enumerate(self.core.books):
                 chosen = book[((book * book).sum(1) - 2 * rest @ book.T).argmin(1)]
                 lost = torch.nonzero(self.seen[q] < 0.2)[:, 0]
+                lost = lost[lost >= self.reserved]
                 cost = (rest - chosen).pow(2).sum(1)
                 many = min(len(lost), int((cost > 0).sum()))
                 if many:
@@ -334,6 +350,8 @@ class Training:
             "step": self.step,
             "schedule": asdict(self.schedule),
             "config": self.config,
+            "start": self._start,
+            "loss": self.loss,
         }
         data = save(
             {k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"ringweave": json.dumps(about)}
@@ -349,7 +367,9 @@ class Training:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             about = json.loads(header["__metadata__"]["ringweave"])
             tensors = load(data)
-            wanted = {"format": STATE_FORMAT, "schedule": asdict(self.schedule), "config": self.config}
+            wanted = {
+                "format": STATE_FORMAT, "schedule": asdict(self.schedule), "config": self.config, "start": self._start,
+            }  # fmt: skip
             other = [k for k, v in wanted.items() if about.get(k) != v]
         except Exception as error:  # safetensors raises its own exception type on damage
             raise DataError(
@@ -361,7 +381,7 @@ class Training:
                 f"the state of a codec's training is of another {' and '.join(other)}", where=str(path),
                 fix="use the settings it was started with, or remove the file to start over",
             )  # fmt: skip
-        self.step = int(about["step"])
+        self.step, self.loss = int(about["step"]), float(about["loss"])
         for part, module in (("core.", self.core), ("average.", self.average)):
             module.load_state_dict({k[len(part) :]: v for k, v in tensors.items() if k.startswith(part)})
         self.seen = tensors["seen"]

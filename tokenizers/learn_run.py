@@ -60,6 +60,7 @@ def learn_codecs(
             training.restore(state)
         resumed, started = training.step, time.perf_counter()
         _run(training, state, name, save_every_s, say)
+        training.save(state)  # whole, should one of the others be stopped
         done[name] = start.codec(training.tensors())
         out[name] = {
             "seconds": round(time.perf_counter() - started, 2),

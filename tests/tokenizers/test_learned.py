@@ -129,7 +129,10 @@ def test_an_edge_is_felt_as_far_as_the_radius_says_and_no_farther() -> None:
 
 def test_silence_and_blank_paper_stay() -> None:
     start = start_of("audio")
-    sound = start.codec(random_networks(start))
+    loud = random_networks(start)
+    loud["encoder.out.bias"] = np.full_like(loud["encoder.out.bias"], 1 << 28)
+    sound = start.codec(loud)
+    assert sound.encode(tone(3)).any()
     codes = sound.encode(np.zeros(4000, np.int16))
     assert not codes.any()
     assert not sound.decode(codes).any()
@@ -215,6 +218,9 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
     other = Training(start.config, start.tensors, start.crops, Schedule(steps=10, batch=4, seed=3))
     with pytest.raises(DataError, match="another schedule"):
         other.restore(path)
+    elsewhere = image_start([picture(s) for s in range(12, 24)], codes=32, net=NET, crop=4)
+    with pytest.raises(DataError, match="another start"):
+        Training(elsewhere.config, elsewhere.tensors, elsewhere.crops, SHORT).restore(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="cannot read the state"):
         training.restore(path)
@@ -280,6 +286,48 @@ def test_a_set_takes_learned_codecs_in_place_of_closed_ones(tmp_path: Path) -> N
     path.write_bytes(data)
     with pytest.raises(VocabularyError, match="the image codec is not the one the vocabulary was made with"):
         TokenizerSet.load(tmp_path)
+
+
+@pytest.mark.parametrize(("every_s", "from_step"), [(0.0, 20), (1e9, 0)])
+def test_a_stopped_command_goes_on_and_ends_in_the_same_files(
+    tmp_path: Path, every_s: float, from_step: int
+) -> None:
+    """Stopped in the second codec: the first is not trained again, the second goes on from its last state."""
+    from ringweave.tokenizers.fit import fit_tokenizers
+
+    train, schedule = records(0, 8), Schedule(steps=45, batch=2)
+
+    def learn(folder: Path, stop_at: str = "") -> dict[str, Any]:
+        def progress(message: str) -> None:
+            if stop_at and stop_at in message:
+                raise KeyboardInterrupt
+
+        fit_tokenizers(train, folder, sizes=SMALL)
+        return learn_codecs(
+            train, folder, names=["image", "audio"], schedule=schedule, sizes=SMALL, net=NET,
+            save_every_s=every_s, progress=progress,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path / "stopped", "audio tokenizer: step 40")
+    done = learn(tmp_path / "stopped")
+    assert (done["image"]["resumed_at"], done["audio"]["resumed_at"]) == (45, from_step)
+    whole = learn(tmp_path / "whole")
+    assert [done[n]["loss"] for n in done] == [whole[n]["loss"] for n in done]
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "stopped").iterdir())
+    assert all(
+        (tmp_path / "whole" / n).read_bytes() == (tmp_path / "stopped" / n).read_bytes() for n in names
+    )
+
+
+def test_the_zero_code_of_sound_stays_zero() -> None:
+    start = start_of("audio")
+    training = Training(start.config, start.tensors, start.crops, Schedule(steps=150, batch=2))
+    training.run(until=60)
+    books = training.tensors()["codebooks"]
+    assert not books[:, 0].any()
+    assert (books[:, 1:] != start.tensors["codebooks"][:, 1:]).any()
 
 
 def test_what_cannot_be_learned_is_said(tmp_path: Path) -> None:
