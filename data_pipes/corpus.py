@@ -24,9 +24,9 @@ from ringweave.data_pipes.recent import Recent
 from ringweave.data_pipes.shard_names import Shard, address_of, shard_name, shown
 from ringweave.data_pipes.store import reader_of
 from ringweave.data_pipes.token_block import TokenBlock, add_counts
-from ringweave.data_pipes.token_files import FIX
 from ringweave.data_pipes.token_lengths import FileLengths, open_lengths
 from ringweave.data_pipes.token_parts import ShardTokens, part_bounds, select
+from ringweave.data_pipes.token_vocabulary import FIX
 from ringweave.data_pipes.workers import Task, TokenWorkers
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.segment import Document

@@ -13,6 +13,8 @@ seen, but without loss (`("caption?", "image")`).
 | score   | png, jpg, jpeg or webp, as grey                     | the one member                      |
 | audio   | flac, wav, ogg or mp3, mixed to mono                | the one member                      |
 | video   | mp4, webm, mkv or mov                               | the one member                      |
+| symbolic | musicxml, mxl or xml: LMX words                   | the one member                      |
+| midi    | mid or midi: events                                 | the one member                      |
 | fields  | json, a record of LWM's JSONL: one or more segments | a field list: `fields:[ask],answer` |
 
 Where several members fit, the first in the table wins. Arguments of text and caption: `caption:json.caption`
@@ -33,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringweave.data_pipes.formats import fields_segments, member_of, missing_member, text_of
-from ringweave.data_pipes.plan_items import CLIPS, ITEMS, PICTURES, SOUNDS, Entry, parse_entry
+from ringweave.data_pipes.plan_items import CLIPS, ITEMS, PICTURES, SHEETS, SONGS, SOUNDS, Entry, parse_entry
 from ringweave.data_pipes.sample import Sample
 from ringweave.tokenizers import media
 from ringweave.tokenizers.errors import DataError
@@ -68,6 +70,12 @@ class Tokenizers(Protocol):
     ) -> Segment: ...
     def score_segment(
         self, image: NDArray[np.uint8], *, role: Role = ..., weight: float = ...
+    ) -> Segment: ...
+    def symbolic_segment(
+        self, xml: bytes, *, where: str = ..., role: Role = ..., weight: float = ...
+    ) -> Segment: ...
+    def midi_segment(
+        self, data: bytes, *, where: str = ..., role: Role = ..., weight: float = ...
     ) -> Segment: ...
     def codes_segment(
         self,
@@ -132,6 +140,16 @@ def _video(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[s
     return tokenizers.video_segment(frames, times, **options)
 
 
+def _symbolic(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    data, where = _media(sample, entry, SHEETS)
+    return tokenizers.symbolic_segment(data, where=where, **options)
+
+
+def _midi(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
+    data, where = _media(sample, entry, SONGS)
+    return tokenizers.midi_segment(data, where=where, **options)
+
+
 _ITEMS: dict[str, Callable[[Sample, Entry, Tokenizers, dict[str, Any]], Segment]] = {
     "text": _text,
     "caption": _text,
@@ -140,6 +158,8 @@ _ITEMS: dict[str, Callable[[Sample, Entry, Tokenizers, dict[str, Any]], Segment]
     "score": _score,
     "audio": _audio,
     "video": _video,
+    "symbolic": _symbolic,
+    "midi": _midi,
 }
 
 

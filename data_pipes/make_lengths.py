@@ -20,6 +20,7 @@ from ringweave.data_pipes.token_files import Shard, places, stamp_of
 from ringweave.data_pipes.token_lengths import lengths_path, read_sidecar, sizes_digest, write_lengths
 from ringweave.data_pipes.token_parts import PART_DOCUMENTS, ShardTokens
 from ringweave.data_pipes.token_probe import probe_length
+from ringweave.data_pipes.token_vocabulary import remember_vocabulary
 from ringweave.data_pipes.workers import Task, TokenWorkers
 from ringweave.tokenizers.errors import DataError, VocabularyError
 
@@ -64,7 +65,9 @@ def make_lengths(
     if block is not None and store_tokens:
         write_cache(shard, plan, manifest_hash, block, folder=folder)
         ShardTokens(shard, plan, manifest_hash, folder=folder).drop_parts()
-    return write_lengths(shard, plan, manifest_hash, lengths, skipped, folder=folder)
+    path = write_lengths(shard, plan, manifest_hash, lengths, skipped, folder=folder)
+    remember_vocabulary(path.parent, tokenizers.manifest)
+    return path
 
 
 def _fitting(

@@ -11,12 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: Every item a plan may name, in the order of the docs.
-ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video", "fields")
+ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video", "symbolic", "midi", "fields")
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 SOUNDS = ("flac", "wav", "ogg", "mp3")
 CLIPS = ("mp4", "webm", "mkv", "mov")
-_ENDINGS = {"image": PICTURES, "score": PICTURES, "audio": SOUNDS, "video": CLIPS}
+SHEETS = ("musicxml", "mxl", "xml")
+SONGS = ("mid", "midi")
+_ENDINGS = {
+    "image": PICTURES,
+    "score": PICTURES,
+    "audio": SOUNDS,
+    "video": CLIPS,
+    "symbolic": SHEETS,
+    "midi": SONGS,
+}
 _MEMBER = re.compile(r"[^\s/\\?:,\x00-\x1f]+")
 #: Bytes of one entry; a class list of ImageNet's 1,000 names takes about 30,000.
 _MAX_ENTRY = 1 << 20

@@ -22,11 +22,9 @@ from ringweave.data_pipes.shard_names import shown
 from ringweave.data_pipes.store import reader_of
 from ringweave.data_pipes.token_block import BlockWriter, TokenBlock, add_counts
 from ringweave.data_pipes.token_files import (
-    FIX,
     Shard,
     Stamp,
     open_tokens,
-    other_vocabulary,
     places,
     plan_hash,
     read_metadata,
@@ -35,6 +33,7 @@ from ringweave.data_pipes.token_files import (
     writable,
     write_tokens,
 )
+from ringweave.data_pipes.token_vocabulary import FIX, other_vocabulary, remember_vocabulary
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.segment import Document
 
@@ -89,7 +88,9 @@ def build_cache(
                 check_skips(shard, writer.skipped, i + 1, count, max_skip_rate)
             if progress is not None:
                 progress(i + 1, count)
-    return write_cache(shard, plan, manifest_hash, writer.block(shown(shard)), folder=folder)
+    path = write_cache(shard, plan, manifest_hash, writer.block(shown(shard)), folder=folder)
+    remember_vocabulary(path.parent, tokenizers.manifest)
+    return path
 
 
 def write_cache(
@@ -178,7 +179,8 @@ def _absent(
     shard: Shard, plan: Sequence[str], manifest_hash: str, folder: Path | None, stamp: Stamp | None
 ) -> DataError:
     """Says whether nothing is there or only caches of other vocabularies."""
-    others, where = set(), shown(shard)
+    others: dict[str, Path] = {}
+    where = shown(shard)
     for place in places(shard, folder):
         stem = stem_in(shard, place, stamp)
         for path in sorted(stem.parent.glob(f"{stem.name}.tokens-*.safetensors")):
@@ -187,8 +189,9 @@ def _absent(
             except (SafetensorError, OSError, ValueError):
                 continue
             if metadata.get("plan") == list(plan) and metadata.get("manifest") != manifest_hash:
-                others.add(str(metadata.get("manifest")))
+                others[str(metadata.get("manifest"))] = path.parent
     if others:
-        return other_vocabulary(where, ", ".join(sorted(h[:12] for h in others)), manifest_hash)
+        found = min(others)
+        return other_vocabulary(where, found, manifest_hash, folder=others[found])
     plans = ", ".join(plan)
     return DataError("no token cache", where=where, why=f"none for the plan [{plans}]", fix=FIX)

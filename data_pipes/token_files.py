@@ -26,11 +26,11 @@ from ringweave.data_pipes.index_file import read_identity
 from ringweave.data_pipes.shard_names import Shard, is_remote, local_path, shard_name, shown, stem_of
 from ringweave.data_pipes.store import stored
 from ringweave.data_pipes.token_block import TABLES, Tensors, TokenBlock, crc_of
-from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.data_pipes.token_vocabulary import FIX, other_vocabulary
+from ringweave.tokenizers.errors import DataError
 
 FORMAT = "ringweave-tokens/1"
 METADATA = "ringweave"
-FIX = "run `ringweave data index DIR --tokenizers TOKENIZERS`"
 FIX_DAMAGED = f"delete it and {FIX}"
 #: Bytes that hold the metadata of nearly every index.
 _HEAD = 1 << 14
@@ -225,7 +225,7 @@ def _check(
     if metadata.get("format") != FORMAT:
         raise ValueError(f"format {metadata.get('format')!r}, known {FORMAT!r}")
     if metadata["manifest"] != manifest_hash:
-        raise other_vocabulary(path, metadata["manifest"][:12], manifest_hash)
+        raise other_vocabulary(path, str(metadata["manifest"]), manifest_hash, folder=path.parent)
     if metadata["plan"] != list(plan):
         raise ValueError(f"it was made for the plan {metadata['plan']}")
     stamp = stamp or stamp_of(shard)
@@ -239,13 +239,3 @@ def _check(
     for name, value in more.items():
         if metadata.get(name) != value:
             raise ValueError(f"its {name} is {metadata.get(name)}, not {value}")
-
-
-def other_vocabulary(where: Path | str, found: str, wanted: str) -> VocabularyError:
-    """Tokens, or their lengths, that another manifest made."""
-    return VocabularyError(
-        "tokens made under another vocabulary",
-        where=str(where),
-        why=f"cached with manifest {found}, the tokenizers are {wanted[:12]}",
-        fix=f"use the tokenizers the cache was made with, or {FIX} again",
-    )

@@ -29,12 +29,10 @@ from ringweave.data_pipes.checksum import crc32
 from ringweave.data_pipes.shard_names import Shard, is_remote, shard_name, shown
 from ringweave.data_pipes.token_cache import TokenCache, cache_path
 from ringweave.data_pipes.token_files import (
-    FIX,
     FIX_DAMAGED,
     METADATA,
     Stamp,
     WriteError,
-    other_vocabulary,
     places,
     plan_hash,
     read_metadata,
@@ -43,6 +41,7 @@ from ringweave.data_pipes.token_files import (
     sync,
     writable,
 )
+from ringweave.data_pipes.token_vocabulary import FIX, other_vocabulary
 from ringweave.tokenizers.errors import DataError, VocabularyError
 
 _FORMAT = "ringweave-lengths/1"
@@ -166,7 +165,7 @@ def read_sidecar(path: Path, stamp: Stamp, plan: Sequence[str], manifest_hash: s
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}, known {_FORMAT!r}")
         if metadata["manifest"] != manifest_hash:
-            raise other_vocabulary(path, metadata["manifest"][:12], manifest_hash)
+            raise other_vocabulary(path, str(metadata["manifest"]), manifest_hash, folder=path.parent)
         if metadata["plan"] != list(plan):
             raise ValueError(f"they were made for the plan {metadata['plan']}")
         found = (metadata["shard_size"], metadata["index_crc32"])
@@ -202,16 +201,17 @@ def _damaged(path: Path, why: str) -> DataError:
 def _absent(
     shard: Shard, plan: Sequence[str], manifest_hash: str, folder: Path | None, stamp: Stamp
 ) -> DataError:
-    others = set()
+    others: dict[str, Path] = {}
     for place in places(shard, folder):
         stem = stem_in(shard, place, stamp)
         for path in sorted(stem.parent.glob(f"{stem.name}.tar.len-*")):
             with contextlib.suppress(SafetensorError, OSError, ValueError):
                 metadata = read_metadata(safe_open(path, framework="numpy"))
                 if metadata.get("plan") == list(plan):
-                    others.add(str(metadata.get("manifest"))[:12])
+                    others[str(metadata.get("manifest"))] = path.parent
     if others:
-        return other_vocabulary(shown(shard), ", ".join(sorted(others)), manifest_hash)
+        found = min(others)
+        return other_vocabulary(shown(shard), found, manifest_hash, folder=others[found])
     plans = ", ".join(plan)
     return DataError("no token lengths", where=shown(shard), why=f"none for the plan [{plans}]", fix=FIX)
 

@@ -35,6 +35,7 @@ def predict(
     the config.
     """
     from ringweave.data_pipes.token_lengths import open_lengths
+    from ringweave.data_pipes.token_vocabulary import naming_blocks
     from ringweave.pretrain.config import load_config
     from ringweave.pretrain.data_store import data_specs, store_of
     from ringweave.tokenizers.manifest import VocabularyManifest
@@ -43,10 +44,11 @@ def predict(
     manifest = VocabularyManifest.load(Path(settings.tokenizers.dir) / "tokenizers.json")
     store = store_of(settings)
     specs = data_specs(settings.data, store, base=folder)
-    lengths = open_lengths(
-        [(spec.name, spec.shards, spec.plan) for spec in specs], manifest.hash, folder=store.tokens_dir,
-        whole=[spec.name for spec in specs if spec.whole],
-    )  # fmt: skip
+    with naming_blocks(manifest):
+        lengths = open_lengths(
+            [(spec.name, spec.shards, spec.plan) for spec in specs], manifest.hash, folder=store.tokens_dir,
+            whole=[spec.name for spec in specs if spec.whole],
+        )  # fmt: skip
     sources = {name: _source(name, lengths[name]) for name in lengths.names}
     stages = _stages(settings, lengths, sources, packs, progress)
     return {

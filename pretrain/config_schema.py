@@ -21,7 +21,7 @@ from ringweave.pretrain.errors import redact
 from ringweave.pretrain.units import Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
 
 #: Names of tokenizers/segment.py's MODALITIES; repeated here so that reading a config imports no numpy.
-MODALITIES = ("control", "text", "image", "rgba", "video", "audio", "score")
+MODALITIES = ("control", "text", "image", "rgba", "video", "audio", "score", "symbolic", "midi")
 
 
 class RunSection(Section):

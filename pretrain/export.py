@@ -132,6 +132,7 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
     write_llama(model, making, context=context)
     tokenizers = Path(config.tokenizers.dir)
     if tokenizers.is_dir():
+        _same_vocabulary(saved, tokenizers)
         write_tokenizer(tokenizers, making, context=context)
     difference = logit_difference(model, making)
     record = {
@@ -147,6 +148,20 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
         shutil.rmtree(out)
     os.replace(making, out)
     return {**record, "path": str(out)}
+
+
+def _same_vocabulary(saved: checkpoint.Saved, tokenizers: Path) -> None:
+    """An export with ids that mean something else would be wrong in silence."""
+    from ringweave.pretrain.resume import vocabulary_of
+    from ringweave.tokenizers.manifest import VocabularyManifest, require_same
+
+    require_same(
+        VocabularyManifest.load(tokenizers / "tokenizers.json"),
+        vocabulary_of(saved.manifest, where=str(saved.path)),
+        mine_is=f"the set in {tokenizers}",
+        theirs_is=f"the checkpoint {saved.path.name}",
+        fix="put the tokenizers the run was trained with back into tokenizers.dir",
+    )
 
 
 def write_tokenizer(tokenizers: Path, out: Path, *, context: int) -> None:

@@ -21,6 +21,7 @@ from ringweave.data_pipes.shard_names import Shard, is_remote, shard_name, shown
 from ringweave.data_pipes.store import OPEN_SHARD
 from ringweave.data_pipes.stream import Documents
 from ringweave.data_pipes.token_lengths import has_lengths
+from ringweave.data_pipes.token_vocabulary import naming_blocks
 from ringweave.data_pipes.worker_process import Setup
 from ringweave.data_pipes.workers import TokenWorkers
 from ringweave.parallel.watchdog import is_lost_peer
@@ -35,8 +36,8 @@ from ringweave.tokenizers.errors import DataError, UserError, printable
 from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.set import TokenizerSet
 
-#: What a job trains on: the corpus, the vocabulary's size and its hash.
-Data = tuple[Documents, int, str]
+#: What a job trains on: the corpus, the vocabulary's size, and the vocabulary, or its hash where there is no more.
+Data = tuple[Documents, int, VocabularyManifest | str]
 
 
 def main(config: RunConfig, *, allow_change: bool = False) -> int:
@@ -46,7 +47,7 @@ def main(config: RunConfig, *, allow_change: bool = False) -> int:
         manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         corpus = open_corpus(config, manifest, rank=rank, world=world)
-        return corpus, manifest.size, manifest.hash
+        return corpus, manifest.size, manifest
 
     return run_rank(config, load, allow_change=allow_change)
 
@@ -72,13 +73,13 @@ def run_rank(config: RunConfig, load: Callable[[], Data], *, allow_change: bool 
 
 def _train(config: RunConfig, load: Callable[[], Data], failure: Failure, allow_change: bool) -> int:
     rank, world, folder = failure.rank, failure.world, failure.folder
-    corpus, vocab, vocabulary_hash = load()
+    corpus, vocab, vocabulary = load()
     try:
         _join(config, rank, world)
         checkpoint.on_first_rank(lambda: _claim(folder, config))
         failure.watch()
         trainer = Trainer(
-            config, corpus, vocab=vocab, vocabulary_hash=vocabulary_hash, folder=folder, rank=rank,
+            config, corpus, vocab=vocab, vocabulary=vocabulary, folder=folder, rank=rank,
             allow_change=allow_change,
         )  # fmt: skip
         failure.shield()  # from here on the trainer handles signals
@@ -174,7 +175,8 @@ def open_corpus(
                 shard, plan, tokenizers, workers=workers, probe=not tokens and w.count > 0, folder=folder
             )
         _wait_for_lengths([wanted[n] for n in left], manifest.hash, folder, seconds=config.timeout.start)
-        return Corpus.open(specs, manifest_hash=manifest.hash, workers=workers, folder=folder)
+        with naming_blocks(manifest):
+            return Corpus.open(specs, manifest_hash=manifest.hash, workers=workers, folder=folder)
     except BaseException:
         workers.close()
         raise

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ringweave.pretrain.config import RunConfig, resume_differences
 from ringweave.pretrain.errors import ConfigError
-from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.manifest import VocabularyManifest, require_same
+
+
+def vocabulary_record(vocabulary: VocabularyManifest | str) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the vocabulary: its hash, and all of it where it is known."""
+    if isinstance(vocabulary, str):
+        return {"vocabulary": vocabulary}
+    return {"vocabulary": vocabulary.hash, "vocabulary_manifest": json.loads(vocabulary.to_json())}
+
+
+def vocabulary_of(manifest: dict[str, Any], *, where: str = "") -> VocabularyManifest | str:
+    """The vocabulary a checkpoint was trained on; its hash alone where the checkpoint holds no more."""
+    if "vocabulary_manifest" not in manifest:
+        return str(manifest["vocabulary"])
+    found = VocabularyManifest.from_json(json.dumps(manifest["vocabulary_manifest"]), where=where)
+    return found if found.hash == manifest["vocabulary"] else str(manifest["vocabulary"])
 
 
 def check_resume(
-    manifest: dict[str, Any], config: RunConfig, vocabulary: str, corpus: str, allow_change: bool
+    manifest: dict[str, Any],
+    config: RunConfig,
+    vocabulary: VocabularyManifest | str,
+    corpus: str,
+    allow_change: bool,
 ) -> list[str]:
     """Raise when resuming would not continue the saved run; the harmless differences as text otherwise.
 
     Layouts, logging, checkpointing and folders may change freely. What changes the result needs
     `--allow-change`; what makes the saved tensors or the data cursor meaningless is refused.
     """
-    if manifest["vocabulary"] != vocabulary:
-        raise VocabularyError(
-            "the checkpoint was trained on another vocabulary",
-            where="tokenizers",
-            why=f"manifest hash {manifest['vocabulary'][:12]}… in the checkpoint, {vocabulary[:12]}… in tokenizers.dir",
-            fix="point tokenizers.dir at the set this run was started with",
-        )
+    require_same(
+        vocabulary,
+        vocabulary_of(manifest),
+        mine_is="tokenizers.dir",
+        theirs_is="the checkpoint",
+        fix="point tokenizers.dir at the set this run was started with",
+    )
     if manifest["corpus"] != corpus:
         raise DataError(
             "the data is not what the checkpoint was trained on",

@@ -30,11 +30,12 @@ from ringweave.pretrain.models.lwm import LWMShape
 from ringweave.pretrain.parallelize import build_parts
 from ringweave.pretrain.prefetch import Prefetcher, Stopped
 from ringweave.pretrain.progress import Board, Clock, environment, step_line, tokens_by_source
-from ringweave.pretrain.resume import check_resume
+from ringweave.pretrain.resume import check_resume, vocabulary_record
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.schedule import learning_rate
 from ringweave.pretrain.stage_data import open_source, open_stream
 from ringweave.tokenizers.errors import EXIT_OK, EXIT_RESUMABLE, printable
+from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.segment import MODALITIES
 
 
@@ -72,7 +73,7 @@ class Trainer:
         corpus: Documents,
         *,
         vocab: int,
-        vocabulary_hash: str,
+        vocabulary: VocabularyManifest | str,
         folder: RunFolder,
         rank: int,
         allow_change: bool = False,
@@ -80,7 +81,7 @@ class Trainer:
     ) -> None:
         m = config.model
         self.config, self.corpus, self.folder, self.rank = config, corpus, folder, rank
-        self.vocabulary_hash, self.allow_change, self.report = vocabulary_hash, allow_change, report
+        self.vocabulary, self.allow_change, self.report = vocabulary, allow_change, report
         self.shape = LWMShape(
             vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads, ffn=m.ffn,
             norm_eps=m.norm_eps, head_chunk=m.head_chunk, window=m.window, full_every=m.full_every,
@@ -131,9 +132,7 @@ class Trainer:
         for what in warnings:
             self._warn(what)
         if found is not None:
-            check_resume(
-                found.manifest, self.config, self.vocabulary_hash, self.corpus.digest, self.allow_change
-            )
+            check_resume(found.manifest, self.config, self.vocabulary, self.corpus.digest, self.allow_change)
             self.saved = found
             self.cursor = Cursor(**found.manifest["cursor"])
         self._log(
@@ -335,7 +334,7 @@ class Trainer:
         """Checkpoint the state after the step just made; gives the seconds it took."""
         manifest = {
             "cursor": asdict(self.cursor),
-            "vocabulary": self.vocabulary_hash,
+            **vocabulary_record(self.vocabulary),
             "corpus": self.corpus.digest,
             "config": self.config.to_dict(),
             "rope_theta": self.config.stages[run.number].rope_theta,

@@ -321,7 +321,7 @@ def _one_run(config: RunConfig, *, dies_after: int | None = None) -> None:
         folder.acquire()
     dist.barrier()
     trainer = _Fragile(
-        config, SyntheticCorpus(vocab=VOCAB), vocab=VOCAB, vocabulary_hash="0" * 64, folder=folder,
+        config, SyntheticCorpus(vocab=VOCAB), vocab=VOCAB, vocabulary="0" * 64, folder=folder,
         rank=dist.get_rank(), report=lambda line: None,
     )  # fmt: skip
     trainer.dies_after = dies_after or 10**9

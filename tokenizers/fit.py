@@ -18,7 +18,9 @@ from ringweave.tokenizers.members import Members
 from ringweave.tokenizers.rgba import RgbaCodec
 from ringweave.tokenizers.score import ScoreCodec
 from ringweave.tokenizers.set import TokenizerSet
+from ringweave.tokenizers.symbols import MidiCodec, SymbolicCodec
 from ringweave.tokenizers.text import TextCodec
+from ringweave.tokenizers.video import VideoCodec
 
 __all__ = ["FitSizes", "fit_tokenizers", "measure"]
 
@@ -33,6 +35,7 @@ class FitSizes:
     records; `max_records` of a source are looked at (text: `max_characters`)."""
 
     text_pieces: int = 2048
+    text_model: str = "bpe"
     image_codes: int = 1024
     image_patch: int = 8
     rgba_alpha_books: int = 2
@@ -43,9 +46,13 @@ class FitSizes:
     audio_bins: int = 160
     audio_books: int = 8
     audio_codes: int = 256
+    audio_order: str = "frame-major"
     score_patch: int = 8
     score_books: int = 1
     score_codes: int = 1024
+    midi_velocity_bins: int = 32
+    video: bool = False  # later frames as what moved, where there is an image codec
+    video_key_every: int = 0  # at most so many frames from one whole picture to the next; 0: no limit
     max_records: int = 2000
     max_characters: int = 4_000_000
 
@@ -75,8 +82,8 @@ def fit_tokenizers(
 ) -> dict[str, Any]:
     """Fit a codec for each source that `samples` has, and save the set into `out_dir`.
 
-    samples: source name ("text", "image", "rgba", "score", "audio", "video") -> its training records, which
-    are gone through more than once. Text is fitted to captions too, images to video frames too. Returns
+    samples: source name ("text", "image", "rgba", "score", "audio", "video", "symbolic", "midi") -> its training
+    records, which are gone through more than once. Text is fitted to captions too, images to video frames too. Returns
     {"seconds": {codec: s}, "vocabulary": ids, "hash": manifest hash, "skipped": {source: n}}. DataError when
     there is nothing to fit.
     """
@@ -89,6 +96,9 @@ def fit_tokenizers(
         "rgba": lambda: _fit_rgba(reader, sizes, seed),
         "audio": lambda: _fit_audio(reader, sizes, seed),
         "score": lambda: _fit_score(reader, sizes, seed),
+        "symbolic": lambda: SymbolicCodec() if "symbolic" in samples else None,
+        "midi": lambda: MidiCodec(velocity_bins=sizes.midi_velocity_bins) if "midi" in samples else None,
+        "video": lambda: _video_codec(sizes) if "image" in codecs else None,
     }
     codecs, seconds = {}, {}
     for name, make in makers.items():
@@ -102,9 +112,9 @@ def fit_tokenizers(
         raise DataError(
             "no records to fit tokenizers to",
             why=f"sources given: {', '.join(samples) or 'none'}; records skipped: {reader.skipped or 0}",
-            fix="name sources text, image, rgba, score, audio or video",
+            fix="name sources text, image, rgba, score, audio, video, symbolic or midi",
         )
-    tokenizers = TokenizerSet(codecs)
+    tokenizers = TokenizerSet(codecs, audio_order=sizes.audio_order)
     tokenizers.save(Path(out_dir))
     return {
         "seconds": seconds,
@@ -121,7 +131,7 @@ def _fit_text(reader: RecordReader, samples: Samples, sizes: FitSizes) -> TextCo
             if text and room > 0:
                 texts.append(text[:room])
                 room -= len(texts[-1])
-    return TextCodec.fit(texts, size=sizes.text_pieces) if texts else None
+    return TextCodec.fit(texts, size=sizes.text_pieces, model_type=sizes.text_model) if texts else None
 
 
 def _optional_text(members: Members, *, where: str) -> str:
@@ -170,6 +180,10 @@ def _fit_audio(reader: RecordReader, sizes: FitSizes, seed: int) -> AudioCodec |
         codes=sizes.audio_codes,
         seed=seed,
     )
+
+
+def _video_codec(sizes: FitSizes) -> VideoCodec | None:
+    return VideoCodec(config={"key_every": sizes.video_key_every}) if sizes.video else None
 
 
 def _fit_score(reader: RecordReader, sizes: FitSizes, seed: int) -> ScoreCodec | None:

@@ -49,6 +49,10 @@ CONTROL: dict[str, int] = {
     "eoa": 15,
     "bos_score": 16,
     "eos_score": 17,
+    "bos_symbolic": 18,
+    "eos_symbolic": 19,
+    "bos_midi": 20,
+    "eos_midi": 21,
 }
 PAD, BOS, EOS = CONTROL["pad"], CONTROL["bos"], CONTROL["eos"]
 
@@ -123,14 +127,21 @@ class VocabularyManifest:
 
     @classmethod
     def build(
-        cls, parts: list[tuple[str, int, str, str, str]], *, text_pieces: str, preprocessing: dict[str, Any]
+        cls,
+        parts: list[tuple[str, int, str, str, str]],
+        *,
+        text_pieces: str,
+        preprocessing: dict[str, Any],
+        control: dict[str, int] | None = None,
     ) -> VocabularyManifest:
-        """Lay out (name, size, modality, codec, sha256) parts one after another."""
+        """Lay out (name, size, modality, codec, sha256) parts one after another. control: CONTROL, or an older one."""
         blocks, start = [], CONTROL_SIZE
         for name, size, modality, codec, sha256 in parts:
             blocks.append(Block(name, start, size, modality, codec, sha256))
             start = align(start + size)
-        return cls(tuple(blocks), text_pieces, preprocessing)
+        return cls(
+            tuple(blocks), text_pieces, preprocessing, control=CONTROL.copy() if control is None else control
+        )
 
     def append(
         self,
@@ -166,10 +177,11 @@ class VocabularyManifest:
 
         Preprocessing and control ids may have got new keys, never other values; a text hash stays.
         """
-        kept = {key: value for key, value in self.preprocessing.items() if key in older.preprocessing}
+        before = {key: value for key, value in older.preprocessing.items() if key != "control_size"}
+        kept = {key: value for key, value in self.preprocessing.items() if key in before}
         return (
             self.blocks[: len(older.blocks)] == older.blocks
-            and canonical_json(kept) == canonical_json(older.preprocessing)
+            and canonical_json(kept) == canonical_json(before)
             and older.control.items() <= self.control.items()
             and older.text_pieces in ("", self.text_pieces)
         )

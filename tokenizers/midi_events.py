@@ -187,6 +187,15 @@ class _State:
         return [*ids, (_DRUM if order == 1 else _PITCH) + pitch]
 
 
+def milliseconds(ids: ArrayLike) -> NDArray[np.int64]:
+    """Time of each id from the start of the song, int64 [n]; it never runs backwards, whatever the ids are."""
+    values = np.asarray(ids, np.int64).ravel()
+    segment = np.maximum(np.cumsum(values == _SEGMENT) - 1, 0)
+    shift = np.where((values >= _SHIFT) & (values < _PROGRAM), values - _SHIFT + 1, 0)
+    steps = np.maximum.accumulate(segment * STEPS + shift) if len(values) else segment
+    return steps * (STEP_US // 1000)
+
+
 # ids to notes --------------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ringweave.tokenizers import sub_ids
 from ringweave.tokenizers.grid import MISSING, GridReader, stack_grids
 from ringweave.tokenizers.manifest import CONTROL
+from ringweave.tokenizers.rvq_layout import LAYOUTS
+from ringweave.tokenizers.video_ids import LINE, MOVE, NEXT, RUN, read_frames
 
 if TYPE_CHECKING:
     from ringweave.tokenizers.set import TokenizerSet
@@ -26,6 +29,8 @@ DELIMITERS: dict[str, tuple[int, int]] = {
     "video": (CONTROL["bov"], CONTROL["eov"]),
     "audio": (CONTROL["boa"], CONTROL["eoa"]),
     "score": (CONTROL["bos_score"], CONTROL["eos_score"]),
+    "symbolic": (CONTROL["bos_symbolic"], CONTROL["eos_symbolic"]),
+    "midi": (CONTROL["bos_midi"], CONTROL["eos_midi"]),
 }
 EOL, EOF, LAYER, BLANK_ID = CONTROL["eol"], CONTROL["eof"], CONTROL["layer"], CONTROL["blank"]
 #: Control ids that may stand inside an item.
@@ -35,6 +40,8 @@ INSIDE: dict[str, set[int]] = {
     "video": {EOL, EOF},
     "audio": set(),
     "score": {EOL, BLANK_ID},
+    "symbolic": set(),
+    "midi": set(),
 }
 
 
@@ -43,7 +50,8 @@ class Decoded:
     """One item of a stream of ids.
 
     value: text -> str; image -> uint8 [H, W, 3]; rgba -> list of uint8 [H, W, 4], bottom first; video ->
-    uint8 [T, H, W, 3]; audio -> (int16 [T], rate in Hz); score -> uint8 [H, W].
+    uint8 [T, H, W, 3]; audio -> (int16 [T], rate in Hz); score -> uint8 [H, W]; symbolic ->
+    MusicXML as str; midi -> bytes of a Standard MIDI File.
     start, end: the ids [start, end) it was read from; complete: nothing was missing or out of place.
     """
 
@@ -111,11 +119,12 @@ class Parser:
         self, stream: NDArray[np.int64], owners: NDArray[np.int16], start: int, modality: str, *, begun: bool
     ) -> Decoded:
         """An item from `start`: its begin delimiter if `begun`, else an id of its codec (a torn-off tail)."""
-        codec = self._names.index("image" if modality == "video" else modality)
+        own = ("image", "video") if modality == "video" else (modality,)
+        codecs = [number for number, name in enumerate(self._names) if name in own]
         first = start + begun
 
         def inside(part: slice) -> NDArray[np.bool_]:
-            found = owners[part] == codec
+            found = np.isin(owners[part], codecs)
             for control in INSIDE[modality]:
                 found |= stream[part] == control
             return found
@@ -123,11 +132,19 @@ class Parser:
         end = _run_end(first, len(stream), inside)
         closed = end < len(stream) and stream[end] == DELIMITERS[modality][1]
         body = stream[first:end]
-        value, whole = self._audio(body) if modality == "audio" else self._picture(body, modality)
+        value: Any
+        if modality == "audio":
+            value, whole = self._audio(body)
+        elif modality in ("symbolic", "midi"):
+            value, whole = self._set.codecs[modality].decode(self._code[body])
+        elif modality == "video" and "video" in self._names:
+            value, whole = self._video(body)
+        else:
+            value, whole = self._picture(body, modality)
         return Decoded(modality, value, start, end + closed, bool(begun and closed and whole))
 
     def _picture(self, body: NDArray[np.int64], modality: str) -> tuple[Any, bool]:
-        columns = {"image": 1, "video": 1}.get(modality) or int(self._column_count(modality))
+        columns = self._column_count("image" if modality == "video" else modality)
         skip = 0 if modality == "rgba" else None
         grids = [GridReader(columns, skip_on=skip)]
         for token, column, code in zip(body.tolist(), self._column[body].tolist(), self._code[body].tolist()):
@@ -147,8 +164,17 @@ class Parser:
             return list(codecs["rgba"].decode(cells)), whole
         if modality == "score":
             return codecs["score"].decode(cells[0]), whole
-        pictures = codecs["image"].decode(cells[..., 0])
+        pictures = codecs["image"].decode(sub_ids.join(cells, codebook=codecs["image"].codes))
         return (pictures if modality == "video" else pictures[0]), whole
+
+    def _video(self, body: NDArray[np.int64]) -> tuple[NDArray[np.uint8], bool]:
+        codec = self._set.codecs["video"]
+        kinds = self._column[body].astype(np.int32)
+        owned = self._codec[body] == self._names.index("video")
+        kinds[owned] = np.array([MOVE, RUN], np.int32)[kinds[owned]]
+        kinds[body == EOL], kinds[body == EOF] = LINE, NEXT
+        frames, whole = read_frames(codec, kinds, self._code[body])
+        return codec.decode(frames), whole
 
     def _column_count(self, codec: str) -> int:
         return sum(block.codec == codec for block in self._set.manifest.blocks)
@@ -156,12 +182,29 @@ class Parser:
     def _audio(self, body: NDArray[np.int64]) -> tuple[tuple[NDArray[np.int16], int], bool]:
         codec = self._set.codecs["audio"]
         books, columns, codes = codec.books, self._column[body], self._code[body]
-        # A frame begins where the book does not go up; well-formed streams go up by one.
-        begins = np.append(True, columns[1:] <= columns[:-1])[: len(body)]
-        frame = np.cumsum(begins) - 1
-        out = np.full((int(frame[-1]) + 1 if len(body) else 0, books), MISSING, np.int32)
-        out[frame, columns] = codes
-        return (codec.decode(out), codec.rate), bool(len(body)) and not (out == MISSING).any()
+        if self._set.audio_order == "frame-major":
+            # A frame begins where the book does not go up; well-formed streams go up by one.
+            begins = np.append(True, columns[1:] <= columns[:-1])[: len(body)]
+            frame = np.cumsum(begins) - 1
+            out = np.full((int(frame[-1]) + 1 if len(body) else 0, books), MISSING, np.int32)
+            out[frame, columns] = codes
+            return (codec.decode(out), codec.rate), bool(len(body)) and not (out == MISSING).any()
+        # In the other orders the n-th id of a book is that of frame n.
+        counts = np.bincount(columns, minlength=books)
+        out = np.full((int(counts.max(initial=0)), books), MISSING, np.int32)
+        for book in range(books):
+            out[: counts[book], book] = codes[columns == book]
+        cells = audio_cells(*out.shape, self._set.audio_order)
+        whole = bool(len(body)) and len(cells) == len(body) and bool((cells % books == columns).all())
+        return (codec.decode(out), codec.rate), whole
+
+
+def audio_cells(frames: int, books: int, order: str) -> NDArray[np.int64]:
+    """Places in the flattened [frames, books] of the codes of sound, in the order in which they are written."""
+    places = np.arange(frames * books, dtype=np.int32).reshape(frames, books)
+    name = {"frame-major": "flatten", "coarse-first": "coarse_first"}.get(order, order)
+    written = LAYOUTS[name].write(places).reshape(-1)
+    return written[written != MISSING].astype(np.int64)
 
 
 def _run_end(start: int, stop: int, inside: Callable[[slice], NDArray[np.bool_]]) -> int:

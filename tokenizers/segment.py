@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: Fixed numbering, stored in packs, token caches and metrics. Only append.
-MODALITIES: tuple[str, ...] = ("control", "text", "image", "rgba", "video", "audio", "score")
+MODALITIES: tuple[str, ...] = (
+    "control", "text", "image", "rgba", "video", "audio", "score", "symbolic", "midi",
+)  # fmt: skip
 MODALITY_ID: dict[str, int] = {name: i for i, name in enumerate(MODALITIES)}
 
 Role = Literal["condition", "target"]

@@ -11,75 +11,69 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringweave.tokenizers.audio import AudioCodec, resample
-from ringweave.tokenizers.codec import kind_of, sha256
-from ringweave.tokenizers.conv_codecs import ConvAudioCodec, ConvImageCodec, ConvScoreCodec
+from ringweave.tokenizers import sub_ids
+from ringweave.tokenizers.audio import resample
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.grid import write_grid
-from ringweave.tokenizers.image import ImageCodec
-from ringweave.tokenizers.manifest import BOS, CONTROL, EOS, Block, VocabularyManifest
-from ringweave.tokenizers.parse import BLANK_ID, DELIMITERS, EOF, EOL, LAYER, Decoded, Parser
-from ringweave.tokenizers.rgba import RgbaCodec
-from ringweave.tokenizers.score import ScoreCodec
+from ringweave.tokenizers.manifest import BOS, EOS, Block, VocabularyManifest
+from ringweave.tokenizers.parse import BLANK_ID, DELIMITERS, EOF, EOL, LAYER, Decoded, Parser, audio_cells
 from ringweave.tokenizers.segment import Document, Role, Segment
-from ringweave.tokenizers.text import TextCodec
+from ringweave.tokenizers.set_files import (
+    AUDIO_ORDERS,
+    CODECS,
+    MANIFEST_NAME,
+    TIME_UNIT_MS,
+    make_manifest,
+    read_codecs,
+    write_files,
+)
+from ringweave.tokenizers.video_ids import write_frames
 
-MANIFEST_NAME = "tokenizers.json"
-#: Unit of the time axis of positions.
-TIME_UNIT_MS = 40
-#: Order of the blocks in the vocabulary.
-CODECS: dict[str, Any] = {
-    "text": TextCodec,
-    "image": ImageCodec,
-    "rgba": RgbaCodec,
-    "audio": AudioCodec,
-    "score": ScoreCodec,
-}
-#: Codecs that may stand in for those of CODECS: the kind that their file names -> class.
-LEARNED: dict[str, Any] = {codec.kind: codec for codec in (ConvImageCodec, ConvScoreCodec, ConvAudioCodec)}
 I32 = NDArray[np.int32]
 
 
-def codec_class(name: str, data: bytes) -> Any:
-    """The class that reads the file `data` of the codec `name`: a learned one where it says so."""
-    kind = kind_of(data) if name != "text" else ""
-    return LEARNED[kind] if kind in LEARNED and kind.partition(".")[0] == name else CODECS[name]
-
-
-def file_name(codec: str) -> str:
-    """The codec's file in a tokenizer folder."""
-    return "text.model" if codec == "text" else f"{codec}.safetensors"
-
-
 class TokenizerSet:
-    """codecs: name -> codec, any subset of CODECS (video uses the image codec).
+    """codecs: name -> codec, any subset of CODECS (video uses the image codec, its own one besides if there is one).
 
     `files` are the bytes each codec was loaded from; they are written back unchanged, so that a saved copy
-    has the same manifest whatever library versions are installed.
+    has the same manifest whatever library versions are installed. `order`: codecs whose blocks come first, as in
+    the vocabulary this set extends; `control`: the control ids of that vocabulary. `audio_order`: how the books of
+    sound become one stream, a name of AUDIO_ORDERS.
     """
 
-    def __init__(self, codecs: dict[str, Any], *, files: dict[str, bytes] | None = None) -> None:
-        self.codecs = {name: codecs[name] for name in CODECS if name in codecs}
-        self.files = files or {name: codec.to_bytes() for name, codec in self.codecs.items()}
+    def __init__(
+        self,
+        codecs: dict[str, Any],
+        *,
+        files: dict[str, bytes] | None = None,
+        order: Sequence[str] = (),
+        control: dict[str, int] | None = None,
+        audio_order: str = "frame-major",
+    ) -> None:
+        self.codecs = {name: codecs[name] for name in dict.fromkeys([*order, *CODECS]) if name in codecs}
+        if "video" in self.codecs:
+            self.codecs["video"] = self.codecs["video"].on(self._codec("image"))
+        given = files or {}
+        self.files = {
+            name: given[name] if name in given else codec.to_bytes() for name, codec in self.codecs.items()
+        }
+        self._control = control
+        if audio_order not in AUDIO_ORDERS:
+            raise VocabularyError(
+                f"no order of audio books is called {audio_order!r}",
+                fix=f"choose of {', '.join(AUDIO_ORDERS)}",
+            )
+        self.audio_order = audio_order
 
     @cached_property
     def manifest(self) -> VocabularyManifest:
         """The vocabulary these codecs make."""
-        parts = []
-        for name, codec in self.codecs.items():
-            digest = codec.piece_hash() if name == "text" else sha256(self.files[name])
-            parts += [(block, size, name, name, digest) for block, size in _blocks_of(name, codec)]
-        text = self.codecs.get("text")
-        return VocabularyManifest.build(
-            parts, text_pieces=text.piece_hash() if text else "", preprocessing=_preprocessing(self.codecs)
-        )
+        return make_manifest(self.codecs, self.files, control=self._control, audio_order=self.audio_order)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizers.json` and one file per codec into `folder`."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in self.files.items():
-            (folder / file_name(name)).write_bytes(data)
+        write_files(folder, self.codecs, self.files)
         self.manifest.save(folder / MANIFEST_NAME)
 
     @classmethod
@@ -91,36 +85,37 @@ class TokenizerSet:
         """
         folder = Path(folder)
         manifest = VocabularyManifest.load(folder / MANIFEST_NAME)
-        codecs, files = {}, {}
-        for name in dict.fromkeys(block.codec for block in manifest.blocks):
-            path = folder / file_name(name)
-            if name not in CODECS:
-                raise VocabularyError(f"the manifest names an unknown codec {name!r}", where=str(folder))
-            try:
-                files[name] = path.read_bytes()
-            except OSError as error:
-                raise VocabularyError(
-                    f"the {name} codec is missing", where=str(path), why=str(error)
-                ) from error
-            expected = next(block.sha256 for block in manifest.blocks if block.codec == name)
-            if name != "text":
-                _same(name, expected, sha256(files[name]), path)
-            try:
-                codecs[name] = codec_class(name, files[name]).from_bytes(files[name], where=str(path))
-            except (KeyError, ValueError, TypeError, IndexError) as error:
-                raise VocabularyError(
-                    f"the {name} codec is malformed", where=str(path), why=f"{type(error).__name__}: {error}"
-                ) from error
-            if name == "text":
-                _same(name, expected, codecs[name].piece_hash(), path)
-        loaded = cls(codecs, files=files)
+        codecs, files = read_codecs(folder, manifest)
+        sound = manifest.preprocessing.get("audio")
+        order = str(sound.get("order")) if isinstance(sound, dict) else "frame-major"
+        loaded = cls(codecs, files=files, order=list(codecs), control=manifest.control, audio_order=order)
         if loaded.manifest != manifest:
             raise VocabularyError(
                 "the vocabulary manifest does not describe the codecs beside it",
                 where=str(folder / MANIFEST_NAME),
+                why=manifest.difference(loaded.manifest, mine="the manifest", theirs="the codecs") or "",
                 fix="restore the folder from a copy, or train tokenizers again: ringweave tokenizer train",
             )
         return loaded
+
+    def extended(self, codecs: dict[str, Any]) -> TokenizerSet:
+        """This set with further codecs, whose blocks come after its own: every id keeps its meaning.
+
+        VocabularyError for a codec it already has.
+        """
+        twice = [name for name in codecs if name in self.codecs]
+        if twice:
+            raise VocabularyError(
+                f"this tokenizer set already has a codec for {', '.join(twice)}",
+                why="another codec in its place would change what ids mean",
+                fix="make a new set: ringweave tokenizer train --out OTHER",
+            )
+        return TokenizerSet(
+            {**self.codecs, **codecs},
+            files=self.files,
+            order=list(self.codecs),
+            audio_order=self.audio_order,
+        )
 
     def _codec(self, name: str) -> Any:
         if name not in self.codecs:
@@ -165,13 +160,20 @@ class TokenizerSet:
     ) -> Segment:
         """uint8 [T, H, W, 3] with times [T] in seconds: `bov`, frames with `eof` between them, `eov`.
 
-        A frame has the ids of `image_segment`. `time` counts units of 40 ms from the first frame.
+        A frame has the ids of `image_segment`; with a video codec a later one may be what moved (`video_ids`).
+        `time` counts units of 40 ms from the first frame.
         """
         _check(frames, "video", 4, 3)
         seconds = np.asarray(times, np.float64)
         if seconds.shape != (len(frames),) or not np.isfinite(seconds).all() or (np.diff(seconds) <= 0).any():
             raise DataError(f"a video of {len(frames)} frames needs as many increasing times")
         units = np.rint((seconds - seconds[0]) * (1000 / TIME_UNIT_MS)).astype(int)
+        if "video" in self.codecs:
+            codec = self.codecs["video"]
+            starts = np.array([b.start for name in ("image", "video") for b in self._blocks[name]], np.int32)
+            moved = codec.encode(frames)
+            parts = write_frames(codec, moved, units.tolist(), starts=starts, eol=EOL, blank=BLANK_ID)
+            return self._framed("video", _joined(parts, EOF), role, weight)
         codes = self._codec("image").encode(frames)
         grids = [self._picture_ids(grid, time=int(t)) for grid, t in zip(codes, units)]
         return self._framed("video", _joined(grids, EOF), role, weight)
@@ -188,13 +190,13 @@ class TokenizerSet:
         """Codes int [T, H, W] made by another program with a codebook of `codebook` entries.
 
         With `times` [T] in seconds a video, else the one picture codes[0]. Raises VocabularyError unless the
-        image block has `codebook` ids, DataError for codes outside it.
+        image codec has `codebook` codes, DataError for codes outside it.
         """
-        size = self._blocks_or_raise("image")[0].size
+        size = self._codec("image").codes
         if size != codebook:
             raise VocabularyError(
                 f"codes of a codebook of {codebook} do not fit these tokenizers",
-                why=f"their image block has {size} ids",
+                why=f"their image block has {size} codes",
                 fix=f"use tokenizers whose image codec has {codebook} codes, or leave this source out",
             )
         codes = np.asarray(codes)
@@ -234,7 +236,7 @@ class TokenizerSet:
     def audio_segment(
         self, samples: NDArray[np.int16], rate: int, *, role: Role = "target", weight: float = 1.0
     ) -> Segment:
-        """int16 [T] mono at `rate` Hz (resampled if need be): `boa`, frames book by book, `eoa`.
+        """int16 [T] mono at `rate` Hz (resampled if need be): `boa`, codes in `audio_order`, `eoa`.
 
         Positions: `time` in units of 40 ms, the book as `row`.
         """
@@ -250,16 +252,40 @@ class TokenizerSet:
         unit = codec.rate * TIME_UNIT_MS // 1000  # samples
         places[..., 0] = (np.arange(len(codes)) * codec.hop // unit)[:, None]
         places[..., 1] = np.arange(codec.books)[None]
-        part = ((codes + starts).reshape(-1).astype(np.int32), places.reshape(-1, 4))
+        cells = audio_cells(*codes.shape, self.audio_order)
+        part = ((codes + starts).reshape(-1)[cells].astype(np.int32), places.reshape(-1, 4)[cells])
         return self._framed("audio", [part], role, weight)
+
+    def symbolic_segment(
+        self, xml: bytes, *, where: str = "", role: Role = "target", weight: float = 1.0
+    ) -> Segment:
+        """MusicXML (.musicxml or .mxl): `bos_symbolic`, LMX words, `eos_symbolic`. `time` counts words."""
+        return self._worded("symbolic", xml, where, role, weight)
+
+    def midi_segment(
+        self, data: bytes, *, where: str = "", role: Role = "target", weight: float = 1.0
+    ) -> Segment:
+        """A Standard MIDI File: `bos_midi`, events, `eos_midi`. `time` in units of 40 ms, as for sound."""
+        return self._worded("midi", data, where, role, weight)
+
+    def _worded(self, name: str, data: bytes, where: str, role: Role, weight: float) -> Segment:
+        codec = self._codec(name)
+        ids = codec.encode(data, where=where)
+        if not len(ids):
+            raise DataError(f"nothing of this {name} record can be written", where=where)
+        places = np.zeros((len(ids), 4), np.int32)
+        places[:, 0] = codec.times(ids, unit_ms=TIME_UNIT_MS)
+        part = ((ids + np.int32(self._blocks[name][0].start)).astype(np.int32), places)
+        return self._framed(name, [part], role, weight)
 
     def _blocks_or_raise(self, name: str) -> list[Block]:
         self._codec(name)
         return self._blocks[name]
 
     def _picture_ids(self, codes: I32, *, time: int = 0) -> tuple[I32, I32]:
-        start = np.int32(self._blocks["image"][0].start)
-        return write_grid(codes[..., None] + start, eol=EOL, blank=BLANK_ID, time=time)
+        starts = np.array([block.start for block in self._blocks["image"]], np.int32)
+        parts = sub_ids.split(codes, codebook=self.codecs["image"].codes)
+        return write_grid(parts + starts, eol=EOL, blank=BLANK_ID, time=time)
 
     def _framed(self, modality: str, parts: list[tuple[I32, I32]], role: Role, weight: float) -> Segment:
         """The parts between the modality's delimiters; the closing one stands at the last position."""
@@ -325,46 +351,3 @@ def _check(array: NDArray[Any], what: str, dims: int, channels: int) -> None:
     """DataError unless uint8 with `dims` axes, none empty, the last of `channels`."""
     if array.dtype != np.uint8 or array.ndim != dims or array.shape[-1] != channels or 0 in array.shape:
         raise DataError(f"{what} must be uint8 [.., H, W, {channels}], got {array.dtype} {list(array.shape)}")
-
-
-def _same(name: str, expected: str, found: str, path: Path) -> None:
-    if expected != found:
-        raise VocabularyError(
-            f"the {name} codec is not the one the vocabulary was made with",
-            where=str(path),
-            why=f"its hash is {found[:12]}, the manifest says {expected[:12]}",
-            fix="restore the file, or train tokenizers again: ringweave tokenizer train",
-        )
-
-
-def _blocks_of(name: str, codec: Any) -> list[tuple[str, int]]:
-    """(block name, number of ids) of a codec, in the order its ids are written."""
-    if name == "text":
-        return [("text", codec.size)]
-    if name == "image":
-        return [("image", codec.codes)]
-    if name == "rgba":
-        labels = [f"rgba.alpha{i}" for i in range(codec.books)] + ["rgba.colour"]
-        return list(zip(labels, codec.block_sizes))
-    return [(f"{name}.q{i}", codec.codes) for i in range(codec.books)]
-
-
-def _preprocessing(codecs: dict[str, Any]) -> dict[str, Any]:
-    """What happens before the codecs, and the sizes a reader of ids needs."""
-    out: dict[str, Any] = {"time_unit_ms": TIME_UNIT_MS, "control_size": len(CONTROL)}
-    if "text" in codecs:
-        out["text"] = {"normalisation": "identity", "escape": "U+2581 as U+E000 1, U+E000 as U+E000 0"}
-    if "image" in codecs:
-        out["image"] = {"patch": codecs["image"].patch, "pad": "edge", "colour": "RGB as stored"}
-        out["video"] = {"codec": "image, each frame", "frames": "all, at their own times"}
-    if "rgba" in codecs:
-        out["rgba"] = {"patch": codecs["rgba"].patch, "pad": "edge", "alpha": "straight"}
-    if "audio" in codecs:
-        audio = codecs["audio"]
-        out["audio"] = {"rate": audio.rate, "hop": audio.hop, "channels": "mono", "order": "frame-major"}
-    if "score" in codecs:
-        out["score"] = {"patch": codecs["score"].patch, "pad": "white", "colour": "grey"}
-    for name, codec in codecs.items():
-        if codec.kind in LEARNED:
-            out[name]["codec"] = codec.kind
-    return out

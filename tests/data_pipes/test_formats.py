@@ -336,7 +336,7 @@ def test_vision_codes_of_another_codebook_stop_the_job_by_name(small_set: Tokeni
     tokenizers = small_set
     with pytest.raises(VocabularyError) as caught:
         encode_sample(sample(json={"vision": FRAME, "a": "x"}), ["fields:vision,a"], tokenizers)
-    assert "8192" in str(caught.value) and "32 ids" in str(caught.value)
+    assert "8192" in str(caught.value) and "32 codes" in str(caught.value)
 
 
 def test_errors_of_tokenizers_name_the_sample_too(small_set: TokenizerSet) -> None:

@@ -22,7 +22,9 @@ from ringweave.data_pipes.index import build_index, index_path, write_index
 from ringweave.data_pipes.pack import Piece
 from ringweave.data_pipes.reader import ShardReader
 from ringweave.data_pipes.token_cache import TokenCache, build_cache, cache_path
+from ringweave.data_pipes.token_vocabulary import naming_blocks, vocabulary_path
 from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.segment import Document, Role, Segment
 
 PLAN = ("caption?", "image")
@@ -306,3 +308,26 @@ def test_skips_of_all_caches_are_listed(tmp_path: Path) -> None:
         ("image", shard.name, "image-0007-3")
     ]
     assert json.loads(json.dumps(corpus.skipped)) == corpus.skipped
+
+
+def test_the_block_in_which_vocabularies_differ_is_named(shard: Path) -> None:
+    """The manifest lies beside the caches; without it both hashes are still said."""
+    parts = [("text", 300, "text", "text", "a" * 64), ("image", 64, "image", "image", "b" * 64)]
+    older = VocabularyManifest.build(parts, text_pieces="a" * 64, preprocessing={})
+    newer = VocabularyManifest.build(
+        [parts[0], (*parts[1][:4], "c" * 64)], text_pieces="a" * 64, preprocessing={}
+    )
+    tokenizers = Bytes()
+    tokenizers.manifest = older  # type: ignore[assignment]
+    build_cache(shard, PLAN, tokenizers)
+    with pytest.raises(VocabularyError) as caught, naming_blocks(newer):
+        TokenCache.open(shard, PLAN, newer.hash)
+    shown = str(caught.value)
+    assert (
+        "block 'image': weights cccccccccccc… in the vocabulary of the tokenizers, bbbbbbbbbbbb… in that of the"
+        in shown
+    )
+    vocabulary_path(shard.parent, older.hash).write_text("{}")
+    with pytest.raises(VocabularyError) as caught, naming_blocks(newer):
+        TokenCache.open(shard, PLAN, newer.hash)
+    assert older.hash[:12] in str(caught.value) and newer.hash[:12] in str(caught.value)

@@ -17,12 +17,15 @@ import pytest
 import torch.distributed as dist
 
 from ringweave.pretrain import checkpoint
+from ringweave.pretrain.config_schema import TokenizersSection
 from ringweave.pretrain.errors import ConfigError, NonFiniteError, StorageError
+from ringweave.pretrain.export import export_run
 from ringweave.pretrain.run_folder import RunFolder, read_events
 from ringweave.pretrain.synthetic import SyntheticCorpus
 from ringweave.pretrain.trainer import Trainer
 from ringweave.pretrain.verify import VOCAB, final_losses, tiny_config
 from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.manifest import VocabularyManifest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +47,7 @@ class Run:
         self,
         *,
         trainer: type[Trainer] = Trainer,
-        vocabulary: str = "0" * 64,
+        vocabulary: VocabularyManifest | str = "0" * 64,
         seed: int = 0,
         change: bool = False,
         **set_,
@@ -54,7 +57,7 @@ class Run:
         config = self.config.model_copy(update=set_)
         try:
             return trainer(
-                config, SyntheticCorpus(vocab=VOCAB, seed=seed), vocab=VOCAB, vocabulary_hash=vocabulary,
+                config, SyntheticCorpus(vocab=VOCAB, seed=seed), vocab=VOCAB, vocabulary=vocabulary,
                 folder=folder, rank=0, allow_change=change, report=self.said.append,
             ).run()  # fmt: skip
         finally:
@@ -251,6 +254,39 @@ def test_another_vocabulary_data_or_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.lr: 0.001 -> 0.002"):
         run.train(optimizer=optimizer)
     assert run.train(optimizer=optimizer, change=True) == 0
+
+
+def vocabulary(*, text: int, weights: str = "b") -> VocabularyManifest:
+    """Text and pictures."""
+    parts = [("text", text, "text", "text", "a" * 64), ("image", 64, "image", "image", weights * 64)]
+    return VocabularyManifest.build(parts, text_pieces="a" * 64, preprocessing={})
+
+
+def test_a_checkpoint_names_the_block_in_which_vocabularies_differ(tmp_path: Path) -> None:
+    """Retrained image weights and a grown text block are both named, with both sides."""
+    run = Run(tmp_path)
+    run.train(trainer=Stopped, vocabulary=vocabulary(text=300))
+    with pytest.raises(VocabularyError) as caught:
+        run.train(vocabulary=vocabulary(text=300, weights="c"))
+    assert "block 'image': weights cccccccccccc… in tokenizers.dir, bbbbbbbbbbbb… in the checkpoint" in str(
+        caught.value
+    )
+    with pytest.raises(VocabularyError, match="block 'text': size 301 in tokenizers"):
+        run.train(vocabulary=vocabulary(text=301))
+    assert run.train(vocabulary=vocabulary(text=300)) == 0
+
+
+def test_an_export_with_the_tokenizers_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.config = run.config.model_copy(update={"tokenizers": TokenizersSection(dir=str(tmp_path / "tokens"))})
+    run.train(trainer=Stopped, vocabulary=vocabulary(text=300))
+    (tmp_path / "tokens").mkdir()
+    vocabulary(text=300, weights="c").save(tmp_path / "tokens" / "tokenizers.json")
+    with pytest.raises(
+        VocabularyError, match=r"the checkpoint step-[\s\S]*block 'image': weights cccccccccccc"
+    ):
+        export_run(run.path)
+    assert not (run.path / "export").exists()
 
 
 class Poisoned(Trainer):

@@ -167,7 +167,7 @@ def test_checkpoint_step_counts_in_the_manifest_reach_adamw(tmp_path: Path) -> N
             config,
             SyntheticCorpus(vocab=verify.VOCAB),
             vocab=verify.VOCAB,
-            vocabulary_hash="0",
+            vocabulary="0",
             folder=folder,
             rank=0,
             report=lambda line: None,
