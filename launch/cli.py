@@ -13,7 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ringweave.launch import commands_config, commands_data, commands_run, commands_tokenizer
+from ringweave.launch import (
+    commands_config,
+    commands_data,
+    commands_run,
+    commands_tokenizer,
+    commands_vocabulary,
+)
 from ringweave.launch.console import Session, print_json, report_crash, report_error
 from ringweave.tokenizers.errors import EXIT_CONFIG, UserError
 
@@ -43,6 +49,7 @@ def _root(
 commands_run.register(app)
 commands_data.register(app)
 commands_tokenizer.register(app)
+commands_vocabulary.register(app)
 commands_config.register(app)
 
 

@@ -15,7 +15,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def save(
     temporary = root / (final.name + ".tmp")
     on_first_rank(lambda: _fresh(temporary))
     try:
-        dcp_save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        with _one_process_is_meant():
+            dcp_save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
     except (
         Exception,
         CheckpointException,
@@ -81,9 +83,16 @@ def save(
 def load(saved: Saved, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` in place from a checkpoint, whatever layout wrote it; every rank calls it."""
     alone = not dist.is_initialized()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # meant: one process
+    with _one_process_is_meant():
         dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(saved.path)), no_dist=alone)
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's remark that torch.distributed is disabled."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def find(root: Path, *, warn: Callable[[str], None]) -> Saved | None:

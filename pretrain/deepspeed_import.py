@@ -23,6 +23,7 @@ from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.deepspeed_partitions import MOMENTS
 from ringweave.pretrain.errors import StorageError
 from ringweave.pretrain.models.lwm import LWM, LWMShape
+from ringweave.pretrain.resume import cursor_at
 
 
 class _Number(int):
@@ -70,28 +71,17 @@ def import_deepspeed(
         norm_eps=m.norm_eps, head_chunk=m.head_chunk, window=m.window, full_every=m.full_every,
     )  # fmt: skip
     _check_names(tensors, shape, place)
-    stage, before = 0, 0
-    while stage < len(config.stages) and step >= before + config.stages[stage].steps:
-        before += config.stages[stage].steps
-        stage += 1
-    done = config.stages[:stage]
-    tokens = sum(s.steps * s.tokens_per_step for s in done)
-    if stage < len(config.stages):
-        tokens += (step - before) * config.stages[stage].tokens_per_step
-    last = config.stages[min(stage, len(config.stages) - 1)]
+    cursor, rope_theta = cursor_at(config, step)
     manifest = {
-        "cursor": {
-            "step": step, "stage": stage, "stage_step": step - before if stage < len(config.stages) else 0,
-            "tokens": tokens, "stream": None,
-        },
+        "cursor": cursor,
         "vocabulary": vocabulary_hash,
         "corpus": corpus_digest,
         "config": config.to_dict(),
-        "rope_theta": last.rope_theta,
+        "rope_theta": rope_theta,
         "shape": asdict(shape),
         "layout": {"dp": 1, "pp": 1, "tp": 1, "sp": 1},
         "imported_from": f"DeepSpeed {place.name}",
-    }  # fmt: skip
+    }
     out.mkdir(parents=True, exist_ok=True)
     saved, _ = checkpoint.save(out, step, tensors, manifest, keep=10**6)  # removes no other
     return saved

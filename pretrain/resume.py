@@ -26,6 +26,21 @@ def vocabulary_of(manifest: dict[str, Any], *, where: str = "") -> VocabularyMan
     return found if found.hash == manifest["vocabulary"] else str(manifest["vocabulary"])
 
 
+def cursor_at(config: RunConfig, step: int) -> tuple[dict[str, Any], float]:
+    """(cursor of a run that starts at `step` of its stages with its data from the start, rope theta of that stage)."""
+    stage, before = 0, 0
+    while stage < len(config.stages) and step >= before + config.stages[stage].steps:
+        before += config.stages[stage].steps
+        stage += 1
+    tokens = sum(s.steps * s.tokens_per_step for s in config.stages[:stage])
+    within = step - before if stage < len(config.stages) else 0
+    if within:
+        tokens += within * config.stages[stage].tokens_per_step
+    last = config.stages[min(stage, len(config.stages) - 1)]
+    cursor = {"step": step, "stage": stage, "stage_step": within, "tokens": tokens, "stream": None}
+    return cursor, last.rope_theta
+
+
 def check_resume(
     manifest: dict[str, Any],
     config: RunConfig,
