@@ -98,6 +98,8 @@ class Pack:
     weights:         float32 [L], loss weight of that id, 0 for none
     prefix:          int32 [L], leading slots of the slot's piece that are conditions (a prefix model lets them see
                      each other both ways)
+    latents:         float32 [L, Z], the latent in a slot whose id is its placeholder, 0 elsewhere; None without any
+    latent_weights:  float32 [L], loss weight of that latent (not shifted: a latent is its own target), else 0
     """
 
     plan: PackPlan
@@ -110,6 +112,8 @@ class Pack:
     target_modality: NDArray[np.int8]
     weights: NDArray[np.float32]
     prefix: NDArray[np.int32]
+    latents: NDArray[np.float32] | None = None
+    latent_weights: NDArray[np.float32] | None = None
 
 
 def packs_for_rank(first: int, count: int, dp_rank: int, dp: int) -> range:

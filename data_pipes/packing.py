@@ -9,7 +9,7 @@ import numpy as np
 
 from ringweave.data_pipes.pack import Pack, PackPlan, Piece
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.segment import MODALITY_ID, Document, Segment
+from ringweave.tokenizers.segment import LATENT, MODALITY_ID, Document, Segment
 
 PAD_ID = 0
 
@@ -57,6 +57,8 @@ def _write(pack: Pack, at: int, number: int, piece: Piece, document: Document) -
     for segment in document.segments:
         end = begin + len(segment)
         _write_inputs(pack, at - piece.start, begin, segment, piece.start, piece.end)
+        if segment.latents is not None:
+            _write_latents(pack, at - piece.start, begin, segment, piece)
         # A token t of the document is the target of slot t - 1: the window moves on by one.
         _write_targets(pack, at - piece.start - 1, begin, segment, piece.start + 1, piece.end + 1)
         begin = end
@@ -87,3 +89,28 @@ def _write_targets(pack: Pack, shift: int, begin: int, segment: Segment, start: 
         pack.targets[slots] = segment.ids[inside]
         pack.target_modality[slots] = MODALITY_ID[segment.modality]
         pack.weights[slots] = segment.weight if segment.role == "target" else 0.0
+        if segment.latents is not None:
+            # No id is predicted where a latent stands: its own loss is that of the latent.
+            placeholders = np.flatnonzero(segment.ids[inside] == LATENT) + slots.start
+            pack.targets[placeholders], pack.target_modality[placeholders] = -1, 0
+            pack.weights[placeholders] = 0.0
+
+
+def _write_latents(pack: Pack, shift: int, begin: int, segment: Segment, piece: Piece) -> None:
+    """Latents, and the weights of their losses, into the slots of their placeholders."""
+    assert segment.latents is not None
+    places = np.flatnonzero(segment.ids == LATENT) + begin  # in the document
+    inside = (places >= piece.start) & (places < piece.end)
+    width = segment.latents.shape[1]
+    if pack.latents is None or pack.latent_weights is None:
+        pack.latents = np.zeros((len(pack.ids), width), np.float32)
+        pack.latent_weights = np.zeros(len(pack.ids), np.float32)
+    if pack.latents.shape[1] != width:
+        raise DataError(
+            f"latents of {width} and of {pack.latents.shape[1]} channels in one pack",
+            where=f"{piece.source} sample {piece.sample}",
+            fix="encode all sources with one codec of latents",
+        )
+    slots = places[inside] + shift
+    pack.latents[slots] = segment.latents[inside]
+    pack.latent_weights[slots] = segment.weight if segment.role == "target" else 0.0

@@ -8,8 +8,13 @@ With N tokens, S segments and D documents (one a sample):
     segment_offsets  int64 [D + 1], first segment of each document
     segments         int64 [S, 4], (length, modality, role, attends)
     segment_weights  float64 [S]
-    document_crc32   uint32 [D], over the bytes of ids and positions
+    document_crc32   uint32 [D], over the bytes of ids and positions (and latents)
     names            uint8, JSON {"keys": [D names], "skipped": [{"key", "reason"}]}
+
+and, where a document holds continuous latents, M of them with Z numbers each,
+
+    latents          float32 [M, Z], in the order of their placeholders in ids
+    latent_offsets   int64 [D + 1], first latent of each document
 
 A skipped entry may have "offset", where its sample begins in the shard, "damage": true if the shard could not be
 read, and "lasting": false where another try may end otherwise (a decoder that ran out of time, a store that stalled):
@@ -19,7 +24,7 @@ in a stored part it is made again when it is wanted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -30,15 +35,22 @@ from safetensors.numpy import load, save
 
 from ringweave.data_pipes.checksum import crc32
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.segment import MODALITIES, MODALITY_ID, Attends, Document, Role, Segment
+from ringweave.tokenizers.segment import LATENT, MODALITIES, MODALITY_ID, Attends, Document, Role, Segment
 
 _ROLES: tuple[Role, ...] = get_args(Role)
 _ATTENDS: tuple[Attends, ...] = get_args(Attends)
 #: Everything but the tokens themselves.
 TABLES = ("document_offsets", "segment_offsets", "segments", "segment_weights", "document_crc32", "names")
+#: In addition, in blocks with latents.
+LATENT_TABLE = "latent_offsets"
 #: Tokens held at a time while target ids are counted.
 _COUNT_AT_ONCE = 1 << 22
 Tensors = dict[str, NDArray[Any]]
+
+
+def tables_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The tables of a block with these arrays."""
+    return (*TABLES, LATENT_TABLE) if LATENT_TABLE in names else TABLES
 
 
 def crc_of(*arrays: NDArray[Any]) -> int:
@@ -47,6 +59,20 @@ def crc_of(*arrays: NDArray[Any]) -> int:
     for array in arrays:
         value = crc32(np.ascontiguousarray(array).tobytes(), value)
     return value
+
+
+def _crcs(
+    ids: NDArray[Any],
+    positions: NDArray[Any],
+    ends: Sequence[int],
+    latents: NDArray[Any] | None,
+    latent_ends: Sequence[int],
+) -> list[int]:
+    """crc32 of each document."""
+    if latents is None:
+        return [crc_of(ids[a:b], positions[a:b]) for a, b in pairwise(ends)]
+    spans = zip(pairwise(ends), pairwise(latent_ends))
+    return [crc_of(ids[a:b], positions[a:b], *([latents[c:d]] if d > c else [])) for (a, b), (c, d) in spans]
 
 
 class BlockWriter:
@@ -59,7 +85,9 @@ class BlockWriter:
         self._positions: list[NDArray[np.int32]] = []
         self._segments: list[tuple[int, int, int, int]] = []
         self._weights: list[float] = []
-        self._token_ends, self._segment_ends = [0], [0]
+        self._token_ends, self._segment_ends, self._latent_ends = [0], [0], [0]
+        self._latents: list[NDArray[np.float32]] = []
+        self._latent_count = 0
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -76,7 +104,17 @@ class BlockWriter:
             )
             self._segments.append((len(segment), *numbers))
             self._weights.append(segment.weight)
+            if segment.latents is not None:
+                self._add_latents(key, segment.latents)
         self._end(key, len(document))
+
+    def _add_latents(self, key: str, latents: NDArray[np.float32]) -> None:
+        if self._latents and self._latents[0].shape[1] != latents.shape[1]:
+            raise DataError(
+                f"latents of {latents.shape[1]} channels among some of {self._latents[0].shape[1]}", where=key
+            )
+        self._latents.append(latents)
+        self._latent_count += len(latents)
 
     def skip(
         self,
@@ -102,6 +140,7 @@ class BlockWriter:
         self._keys.append(key)
         self._token_ends.append(self._token_ends[-1] + tokens)
         self._segment_ends.append(len(self._segments))
+        self._latent_ends.append(self._latent_count)
 
     def tensors(self) -> Tensors:
         """The arrays of this module's docstring."""
@@ -111,9 +150,16 @@ class BlockWriter:
         if not positions.size or (positions.min() >= bounds.min and positions.max() <= bounds.max):
             positions = positions.astype(np.int16)
         ends = self._token_ends
-        crcs = [crc_of(ids[a:b], positions[a:b]) for a, b in pairwise(ends)]
+        more: Tensors = {}
+        if self._latents:
+            more = {
+                "latents": np.concatenate(self._latents),
+                LATENT_TABLE: np.asarray(self._latent_ends, np.int64),
+            }
+        crcs = _crcs(ids, positions, ends, more.get("latents"), self._latent_ends)
         names = {"keys": self._keys, "skipped": self.skipped}
         return {
+            **more,
             "ids": ids,
             "positions": positions,
             "document_offsets": np.asarray(ends, np.int64),
@@ -136,11 +182,15 @@ class TokenBlock:
     length 0; lengths: int64 [D], tokens of each document. ids and positions may be slices of a mapped file.
     """
 
-    def __init__(self, tables: Mapping[str, NDArray[Any]], ids: Any, positions: Any, *, where: str) -> None:
+    def __init__(
+        self, tables: Mapping[str, NDArray[Any]], ids: Any, positions: Any, latents: Any = None, *, where: str
+    ) -> None:
         """Raises ValueError (or KeyError) if the arrays do not belong together."""
         self.where = where
-        self._tables = {name: tables[name] for name in TABLES}
-        self._ids, self._positions = ids, positions
+        self._tables = {name: tables[name] for name in tables_of(tables)}
+        self._ids, self._positions, self._latents = ids, positions, latents
+        places = self._tables.get(LATENT_TABLE)
+        self._latent_starts: list[int] = [] if places is None else places.tolist()
         names = json.loads(self._tables["names"].tobytes())
         self.keys: list[str] = names["keys"]
         self.skipped: list[dict[str, Any]] = names["skipped"]
@@ -154,14 +204,18 @@ class TokenBlock:
             and (np.diff(rows) >= 0).all()
             and int(rows[-1]) == len(self._tables["segments"]) == len(self._tables["segment_weights"])
             and int(self._tables["segments"][:, 0].sum()) == self._starts[-1]
+            and (places is None) == (latents is None)
+            and (places is None or (len(places) == len(self._starts) and (np.diff(places) >= 0).all()))
         ):
             raise ValueError("its tables disagree")
 
     @classmethod
     def of(cls, tensors: Mapping[str, NDArray[Any]], where: str) -> TokenBlock:
         """A block in memory. Raises ValueError (or KeyError) as the constructor."""
-        ids, positions = tensors["ids"], tensors["positions"]
-        block = cls(tensors, ids, positions, where=where)
+        ids, positions, latents = tensors["ids"], tensors["positions"], tensors.get("latents")
+        block = cls(tensors, ids, positions, latents, where=where)
+        if latents is not None and (latents.ndim != 2 or len(latents) != block._latent_starts[-1]):
+            raise ValueError("its tables and latents disagree")
         if ids.shape != (block._starts[-1],) or positions.shape != (block._starts[-1], 4):
             raise ValueError("its tables and tokens disagree")
         return block
@@ -183,7 +237,8 @@ class TokenBlock:
     def tensors(self) -> Tensors:
         """The arrays of this module's docstring."""
         ids, positions = self._ids[:], self._positions[:]
-        return {"ids": ids, "positions": positions, **self._tables}
+        more = {} if self._latents is None else {"latents": self._latents[:]}
+        return {"ids": ids, "positions": positions, **more, **self._tables}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -203,7 +258,7 @@ class TokenBlock:
         """The same block, with its skips as they are stored: no other try will be made."""
         names = {"keys": self.keys, "skipped": [{k: e[k] for k in ("key", "reason")} for e in self.skipped]}
         tables = {**self._tables, "names": np.frombuffer(json.dumps(names).encode(), np.uint8)}
-        return TokenBlock(tables, self._ids, self._positions, where=self.where)
+        return TokenBlock(tables, self._ids, self._positions, self._latents, where=self.where)
 
     def document(self, i: int) -> Document:
         """Document i, equal to a fresh encoding of its sample. Raises DataError if its bytes changed."""
@@ -211,7 +266,11 @@ class TokenBlock:
             raise IndexError(f"document {i} of {len(self)} in {self.where}")
         begin, end = self._starts[i], self._starts[i + 1]
         ids, positions = self._ids[begin:end], self._positions[begin:end]
-        if crc_of(ids, positions) != int(self._tables["document_crc32"][i]):
+        latents = None
+        if self._latents is not None:
+            latents = self._latents[self._latent_starts[i] : self._latent_starts[i + 1]]
+        held = [] if latents is None or not len(latents) else [latents]
+        if crc_of(ids, positions, *held) != int(self._tables["document_crc32"][i]):
             raise DataError(
                 "damaged token cache",
                 where=f"{self.where}#{self.keys[i]}",
@@ -222,10 +281,13 @@ class TokenBlock:
         first, last = self._tables["segment_offsets"][i : i + 2].tolist()
         rows = self._tables["segments"][first:last].tolist()
         weights = self._tables["segment_weights"][first:last].tolist()
-        segments, at = [], 0
+        segments, at, taken = [], 0, 0
         for (length, modality, role, attends), weight in zip(rows, weights):
             inside = slice(at, at + length)
             at += length
+            places = int((ids[inside] == LATENT).sum()) if held else 0
+            own = held[0][taken : taken + places] if places else None
+            taken += places
             segments.append(
                 Segment(
                     ids[inside],
@@ -234,6 +296,7 @@ class TokenBlock:
                     role=_ROLES[role],
                     attends=_ATTENDS[attends],
                     weight=weight,
+                    latents=own,
                 )
             )
         return Document(self.keys[i], tuple(segments))
@@ -273,10 +336,19 @@ def join_blocks(blocks: Sequence[TokenBlock], where: str) -> TokenBlock:
         if part["positions"].dtype != wide:
             part["positions"] = part["positions"].astype(wide)
             ends = part["document_offsets"].tolist()
-            crcs = [crc_of(part["ids"][a:b], part["positions"][a:b]) for a, b in pairwise(ends)]
+            starts = part.get(LATENT_TABLE, np.zeros(1, np.int64)).tolist()
+            crcs = _crcs(part["ids"], part["positions"], ends, part.get("latents"), starts)
             part["document_crc32"] = np.asarray(crcs, np.uint32)
+    offsets = ["document_offsets", "segment_offsets"]
+    if widths := {p["latents"].shape[1] for p in parts if "latents" in p}:
+        if len(widths) > 1:
+            raise DataError(f"latents of {sorted(widths)} channels in one shard", where=where)
+        offsets.append(LATENT_TABLE)
+        for part in parts:
+            part.setdefault("latents", np.zeros((0, *widths), np.float32))
+            part.setdefault(LATENT_TABLE, np.zeros_like(part["document_offsets"]))
     joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0] if name not in _SPECIAL}
-    for name in ("document_offsets", "segment_offsets"):
+    for name in offsets:
         shifts = np.cumsum([0, *(int(p[name][-1]) for p in parts)])
         joined[name] = np.concatenate([[0], *(p[name][1:] + shift for p, shift in zip(parts, shifts))])
         joined[name] = joined[name].astype(np.int64)
@@ -285,7 +357,7 @@ def join_blocks(blocks: Sequence[TokenBlock], where: str) -> TokenBlock:
 
 
 #: Arrays that are not simply put one after the other.
-_SPECIAL = ("document_offsets", "segment_offsets", "names")
+_SPECIAL = ("document_offsets", "segment_offsets", LATENT_TABLE, "names")
 
 
 def add_counts(total: NDArray[np.int64] | None, counts: NDArray[np.int64]) -> NDArray[np.int64]:

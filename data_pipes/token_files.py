@@ -25,7 +25,7 @@ from ringweave.data_pipes.index import index_path, load_index
 from ringweave.data_pipes.index_file import read_identity
 from ringweave.data_pipes.shard_names import Shard, is_remote, local_path, shard_name, shown, stem_of
 from ringweave.data_pipes.store import stored
-from ringweave.data_pipes.token_block import TABLES, Tensors, TokenBlock, crc_of
+from ringweave.data_pipes.token_block import LATENT_TABLE, Tensors, TokenBlock, crc_of, tables_of
 from ringweave.data_pipes.token_vocabulary import FIX, other_vocabulary
 from ringweave.tokenizers.errors import DataError
 
@@ -121,7 +121,7 @@ def write_tokens(
         "shard": stamp.name,
         "shard_size": stamp.size,
         "index_crc32": stamp.index_crc32,
-        "tables_crc32": crc_of(*(tensors[name] for name in TABLES)),
+        "tables_crc32": crc_of(*(tensors[name] for name in tables_of(tensors))),
         **more,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -194,15 +194,19 @@ def open_tokens(
     try:
         file = safe_open(path, framework="numpy")
         metadata = read_metadata(file)
-        tables = {name: file.get_tensor(name) for name in TABLES}
+        held = file.keys()
+        tables = {name: file.get_tensor(name) for name in tables_of(held)}
         _check(path, metadata, stamp, shard, plan, manifest_hash, more)
         if metadata["tables_crc32"] != crc_of(*tables.values()):
             raise ValueError("crc32 of its tables differs")
         ids, positions = file.get_slice("ids"), file.get_slice("positions")
-        block = TokenBlock(tables, ids, positions, where=str(path))
+        latents = file.get_slice("latents") if "latents" in held else None
+        block = TokenBlock(tables, ids, positions, latents, where=str(path))
         tokens = int(tables["document_offsets"][-1])
         if ids.get_shape() != [tokens] or positions.get_shape() != [tokens, 4]:
             raise ValueError("its tables and tokens disagree")
+        if latents is not None and latents.get_shape()[0] != int(tables[LATENT_TABLE][-1]):
+            raise ValueError("its tables and latents disagree")
     except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
         raise DamagedTokens("damaged token cache", where=str(path), why=why, fix=FIX_DAMAGED) from None

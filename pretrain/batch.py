@@ -14,6 +14,7 @@ from torch import Tensor
 from ringweave.data_pipes.pack import Pack
 from ringweave.parallel.ring_layout import RingLayout
 from ringweave.pretrain.objectives import target_counts
+from ringweave.tokenizers.errors import DataError
 
 
 @dataclass(slots=True)
@@ -55,6 +56,12 @@ def collate(
 
     prefix: whether the leading conditions of documents see each other both ways.
     """
+    if any(p.latents is not None for p in packs):
+        raise DataError(
+            "these packs hold continuous latents, which a model over ids has no place for",
+            where=f"pack {next(p.plan.index for p in packs if p.latents is not None)}",
+            fix="use plan items that give ids",
+        )
     weights = np.stack([p.weights for p in packs])
     modality = np.stack([p.target_modality for p in packs])
     documents = np.stack([p.doc for p in packs])

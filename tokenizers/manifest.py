@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringweave.tokenizers.errors import VocabularyError
-from ringweave.tokenizers.segment import MODALITY_ID
+from ringweave.tokenizers.segment import LATENT, MODALITY_ID
 
 FORMAT_VERSION = 1
 ALIGN = 128
@@ -53,6 +53,7 @@ CONTROL: dict[str, int] = {
     "eos_symbolic": 19,
     "bos_midi": 20,
     "eos_midi": 21,
+    "latent": LATENT,
 }
 PAD, BOS, EOS = CONTROL["pad"], CONTROL["bos"], CONTROL["eos"]
 

@@ -18,6 +18,8 @@ MODALITIES: tuple[str, ...] = (
     "control", "text", "image", "rgba", "video", "audio", "score", "symbolic", "midi",
 )  # fmt: skip
 MODALITY_ID: dict[str, int] = {name: i for i, name in enumerate(MODALITIES)}
+#: The control id that holds the place of a continuous latent; the latent lies in `Segment.latents`.
+LATENT = 22
 
 Role = Literal["condition", "target"]
 Attends = Literal["causal", "bidirectional", "prefix"]
@@ -33,6 +35,7 @@ class Segment:
     role:       "target" is trained on, "condition" is only seen.
     attends:    how its tokens see each other; everything is causal across segments.
     weight:     loss weight of each of its tokens (0 for a condition).
+    latents:    float32 [m, Z], one row for each id that is LATENT, in order; None where there is none.
     """
 
     ids: NDArray[np.int32]
@@ -41,6 +44,7 @@ class Segment:
     role: Role = "target"
     attends: Attends = "causal"
     weight: float = 1.0
+    latents: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITY_ID:
@@ -49,6 +53,12 @@ class Segment:
             raise ValueError(
                 f"ids {self.ids.shape} and positions {self.positions.shape} must be [n] and [n, 4]"
             )
+        if self.latents is not None:
+            places = int((self.ids == LATENT).sum())
+            if self.latents.ndim != 2 or len(self.latents) != places or self.latents.dtype != np.float32:
+                raise ValueError(
+                    f"latents must be float32 [{places}, Z], got {self.latents.dtype} {list(self.latents.shape)}"
+                )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -17,7 +17,7 @@ from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.grid import write_grid
 from ringweave.tokenizers.manifest import BOS, EOS, Block, VocabularyManifest
 from ringweave.tokenizers.parse import BLANK_ID, DELIMITERS, EOF, EOL, LAYER, Decoded, Parser, audio_cells
-from ringweave.tokenizers.segment import Document, Role, Segment
+from ringweave.tokenizers.segment import LATENT, Document, Role, Segment
 from ringweave.tokenizers.set_files import (
     AUDIO_ORDERS,
     CODECS,
@@ -117,6 +117,13 @@ class TokenizerSet:
             audio_order=self.audio_order,
         )
 
+    def replaced(self, codecs: dict[str, Any]) -> TokenizerSet:
+        """This set with other codecs in the place of its own, in the same order: another vocabulary."""
+        files = {name: data for name, data in self.files.items() if name not in codecs}
+        return TokenizerSet(
+            {**self.codecs, **codecs}, files=files, order=list(self.codecs), audio_order=self.audio_order
+        )
+
     def _codec(self, name: str) -> Any:
         if name not in self.codecs:
             known = ", ".join(self.codecs) or "none"
@@ -177,6 +184,47 @@ class TokenizerSet:
         codes = self._codec("image").encode(frames)
         grids = [self._picture_ids(grid, time=int(t)) for grid, t in zip(codes, units)]
         return self._framed("video", _joined(grids, EOF), role, weight)
+
+    def latents_segment(
+        self,
+        latents: NDArray[np.float32],
+        *,
+        modality: str = "image",
+        times: NDArray[np.float64] | None = None,
+        role: Role = "target",
+        weight: float = 1.0,
+    ) -> Segment:
+        """Continuous latents float32 [T, h, w, Z]: placeholders in the rows of a picture, seen both ways.
+
+        T is 1 for an image, the layers (bottom first) for rgba, and frames at `times` [T] in seconds for video.
+        weight: of the loss of each latent. DataError for other shapes and for what is not finite.
+        """
+        latents = np.asarray(latents)
+        if latents.ndim != 4 or 0 in latents.shape or latents.dtype != np.float32:
+            raise DataError(
+                f"latents must be float32 [T, h, w, Z], got {latents.dtype} {list(latents.shape)}"
+            )
+        if not np.isfinite(latents).all():
+            at = np.argwhere(~np.isfinite(latents))[0].tolist()
+            raise DataError("latents are not finite", why=f"the first is at {at} of {list(latents.shape)}")
+        count = len(latents)
+        units = np.zeros(count, int)
+        if modality == "video":
+            seconds = np.zeros(0) if times is None else np.asarray(times, np.float64)
+            if seconds.shape != (count,) or not np.isfinite(seconds).all() or (np.diff(seconds) <= 0).any():
+                raise DataError(f"{count} frames of latents need as many increasing times")
+            units = np.rint((seconds - seconds[0]) * (1000 / TIME_UNIT_MS)).astype(int)
+        elif modality not in ("image", "rgba") or (modality == "image" and count > 1):
+            raise DataError(f"{count} grids of latents are no {modality}", fix="name rgba or video")
+        layers = range(count) if modality == "rgba" else [0] * count
+        place = np.full((*latents.shape[1:3], 1), LATENT, np.int32)
+        grids = [
+            write_grid(place, eol=EOL, blank=BLANK_ID, time=int(time), layer=layer)
+            for time, layer in zip(units, layers)
+        ]
+        framed = self._framed(modality, _joined(grids, LAYER if modality == "rgba" else EOF), role, weight)
+        rows = np.ascontiguousarray(latents.reshape(-1, latents.shape[-1]))
+        return replace(framed, attends="bidirectional", latents=rows)
 
     def codes_segment(
         self,

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from ringweave.data_pipes.index import build_index, write_index
 from ringweave.launch.cli import run
 from ringweave.launch.commands_vocabulary import parse_codec, vocabulary_at
+from ringweave.launch.tokenizer_sizes import parse_sizes
 from ringweave.pretrain.errors import ConfigError
 from ringweave.pretrain.remap_checkpoint import move_rows, source_rows
 from ringweave.tokenizers.errors import VocabularyError
+from ringweave.tokenizers.fit import FitSizes
 from ringweave.tokenizers.manifest import CONTROL, VocabularyManifest
 from ringweave.tokenizers.midi_file import Note, write
 from ringweave.tokenizers.set import TokenizerSet
@@ -62,7 +64,7 @@ def test_rows_follow_their_meaning() -> None:
 def test_retrained_blocks_are_dropped_and_new_control_ids_start_anew() -> None:
     older = manifest("text", "image", control={n: i for n, i in CONTROL.items() if i < 18})
     sources, counts = source_rows(older, manifest("text", "image2"))
-    assert counts == {"kept": 17 + 300, "new": 64 + 4, "dropped": 64}
+    assert counts == {"kept": 17 + 300, "new": 64 + 5, "dropped": 64}
     assert (sources[18:22] == -1).all() and sources[17] == 17
     with pytest.raises(VocabularyError, match="no block of the old vocabulary"):
         source_rows(manifest("image"), manifest("image2"))
@@ -188,3 +190,29 @@ def tensors(path: Path) -> dict[str, Any]:
         found |= load_file(file)
     assert np.isfinite(found["model.embed.weight"].numpy()).all()
     return found
+
+
+def test_sizes_of_the_command_line() -> None:
+    sizes = parse_sizes(["image_codes=4096", "text_model=unigram", "max_characters=2M", "video=true"])
+    assert (sizes.image_codes, sizes.text_model, sizes.max_characters, sizes.video) == (
+        4096,
+        "unigram",
+        2_000_000,
+        True,
+    )
+    assert sizes.score_codes == FitSizes().score_codes
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("image_code=9", "did you mean image_codes"),
+        ("image_codes", "no setting 'image_codes'|did you mean"),
+        ("audio_books=many", "whole number above 0"),
+        ("audio_books=0", "whole number above 0"),
+        ("video=yes", "true or false"),
+    ],
+)
+def test_bad_sizes_are_named(setting: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_sizes([setting])

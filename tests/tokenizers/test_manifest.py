@@ -47,8 +47,8 @@ def test_control_ids_are_what_they_were() -> None:
     first = ["pad", "bos", "eos", "eol", "eof", "eov", "layer", "blank", "boi", "eoi", "bor", "eor", "bov"]
     assert [CONTROL[name] for name in first] == list(range(13))
     assert [CONTROL[n] for n in ("boa", "eoa", "bos_score", "eos_score")] == [14, 15, 16, 17]
-    later = ("bos_symbolic", "eos_symbolic", "bos_midi", "eos_midi")
-    assert [CONTROL[n] for n in later] == [18, 19, 20, 21]
+    later = ("bos_symbolic", "eos_symbolic", "bos_midi", "eos_midi", "latent")
+    assert [CONTROL[n] for n in later] == [18, 19, 20, 21, 22]
 
 
 def test_modality_of(tokenizers: TokenizerSet) -> None:

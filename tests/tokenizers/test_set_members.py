@@ -17,8 +17,9 @@ from transformers import EncodecConfig, EncodecModel
 
 from ringweave.tokenizers import lmx, midi_events
 from ringweave.tokenizers.brought import Brought
-from ringweave.tokenizers.codec import pack_codec
+from ringweave.tokenizers.codec import pack_codec, sha256
 from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.image import ImageCodec
 from ringweave.tokenizers.manifest import CONTROL
 from ringweave.tokenizers.midi_file import Note, write
 from ringweave.tokenizers.segment import Document
@@ -153,6 +154,21 @@ def test_a_set_of_an_older_version_loads_and_grows(tokenizers: TokenizerSet, tmp
     grown = loaded.extended({"midi": MidiCodec()})
     assert grown.manifest.extends(loaded.manifest)
     assert grown.manifest.control == CONTROL
+
+
+def test_a_codec_in_the_place_of_another_keeps_order_and_layout(
+    tokenizers: TokenizerSet, tmp_path: Path
+) -> None:
+    grown = TokenizerSet({"score": tokenizers.codecs["score"]}, audio_order="delay").extended(
+        {name: tokenizers.codecs[name] for name in ("text", "image", "audio")}
+    )
+    image = ImageCodec.fit([picture(n) for n in range(4)], codes=32)
+    new = grown.replaced({"image": image})
+    new.save(tmp_path)
+    loaded = TokenizerSet.load(tmp_path)
+    assert list(loaded.codecs) == list(grown.codecs)
+    assert (loaded.audio_order, loaded.manifest.block("image").size) == ("delay", 32)
+    assert loaded.manifest.block("image").sha256 == sha256(image.to_bytes())
 
 
 # ---- orders of sound ----
