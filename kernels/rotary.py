@@ -26,3 +26,28 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (wide * cos[:, None, :] + turned * sin[:, None, :]).to(x.dtype)
+
+
+def axes_table(
+    positions: Tensor, *, dims: tuple[int, ...], theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each [T, sum(dims) / 2], for signed positions [T, axes]: axis a turns its own dims[a] channels.
+
+    Frequencies theta^(-2j/dims[a]) on each axis, as in the multi-axis rope of Qwen-Image. Computed for whatever
+    positions there are, so no table bounds them; angles are formed in fp32 or wider.
+    """
+    angles = []
+    for axis, dim in enumerate(dims):
+        exponent = torch.arange(0, dim, 2, dtype=dtype, device=positions.device) / dim
+        inverse = 1.0 / (torch.tensor(theta, dtype=dtype, device=positions.device) ** exponent)
+        angles.append(positions[:, axis].to(dtype)[:, None] * inverse[None, :])
+    whole = torch.cat(angles, dim=-1)
+    return whole.cos(), whole.sin()
+
+
+def apply_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channels (2j, 2j+1) of x [T, H, D] by (cos, sin) [T, D/2]; in the table's dtype, returned in
+    x's."""
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
