@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ringweave.launch.data_sources import shards_in, source_of
 from ringweave.tokenizers.errors import DataError
 
@@ -28,6 +30,25 @@ class Records:
         from ringweave.data_pipes.store import index_of
 
         return sum(index_of(shard).count for shard in self.shards)
+
+    def spread(self, count: int) -> Iterator[tuple[Path, int, Any]]:
+        """(shard, number in it, its Sample or the DataError of reading it) of `count` records, evenly spread."""
+        from ringweave.data_pipes.store import index_of, reader_of
+
+        sizes = [index_of(shard).count for shard in self.shards]
+        places = np.linspace(0, sum(sizes) - 1, min(count, sum(sizes))).round().astype(int).tolist()
+        first = 0
+        for shard, size in zip(self.shards, sizes):
+            inside = [place - first for place in places if first <= place < first + size]
+            first += size
+            if not inside:
+                continue
+            with reader_of(shard) as reader:
+                for number in inside:
+                    try:
+                        yield shard, number, reader.read(number)
+                    except DataError as error:
+                        yield shard, number, error
 
 
 def records_by_source(folder: Path, split: str) -> dict[str, Records]:

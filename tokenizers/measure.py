@@ -1,7 +1,9 @@
-"""How well codecs give back held-out records: one dict of plain numbers per modality."""
+"""How well codecs give back held-out records, at what rate and speed: one dict of plain numbers per modality."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 from math import ceil, log2
@@ -15,6 +17,7 @@ from ringweave.tokenizers import members as read
 from ringweave.tokenizers.audio import resample
 from ringweave.tokenizers.codec import pad_to, to_patches
 from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.manifest import Block
 from ringweave.tokenizers.members import Members
 from ringweave.tokenizers.segment import Segment
 from ringweave.tokenizers.set import TokenizerSet
@@ -78,64 +81,119 @@ def checkerboard(height: int, width: int, *, cell: int = 8) -> NDArray[np.float6
     return np.where((rows + columns) % 2, 204.0, 255.0)[..., None].repeat(3, axis=2)
 
 
-def _image(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segment, Figures]:
+class _Timed:
+    """A tokenizer set that adds up the processor time of encoding and of decoding: seconds of one core, on however
+    many threads they were spent. Media decoding is not in them."""
+
+    def __init__(self, tokenizers: TokenizerSet) -> None:
+        self.tokenizers, self.codecs = tokenizers, tokenizers.codecs
+        self.encode_s = self.decode_s = 0.0
+
+    def segment(self, modality: str, *values: Any) -> Segment:
+        """`<modality>_segment` of the set."""
+        begun = time.process_time()
+        segment: Segment = getattr(self.tokenizers, f"{modality}_segment")(*values)
+        self.encode_s += time.process_time() - begun
+        return segment
+
+    def decode(self, segment: Segment) -> Any:
+        """The value of the first item; None if there is none."""
+        begun = time.process_time()
+        items = self.tokenizers.decode(segment.ids)
+        self.decode_s += time.process_time() - begun
+        return items[0].value if items else None
+
+
+def _image(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
     image = read.image_of(members, where=where)
-    segment = tokenizers.image_segment(image)
-    decoded = tokenizers.decode(segment.ids)[0].value[: image.shape[0], : image.shape[1]]
-    patch = tokenizers.codecs["image"].patch
-    splits = bit_splits(tokenizers.codecs["image"].codes)
+    segment = timed.segment("image", image)
+    decoded = timed.decode(segment)[: image.shape[0], : image.shape[1]]
+    patch = timed.codecs["image"].patch
+    splits = bit_splits(timed.codecs["image"].codes)
     floor = max(psnr(image, rate_floor(image, patch, bits)) for bits in splits)
-    return segment, {"psnr": psnr(image, decoded), "floor_psnr": floor}
+    pixels = image.shape[0] * image.shape[1]
+    return segment, {"psnr": psnr(image, decoded), "floor_psnr": floor, "pixels": pixels}
 
 
-def _rgba(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segment, Figures]:
+def _rgba(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
     layers = read.layers_of(members, where=where)
     height, width = layers[0].shape[:2]
-    segment = tokenizers.rgba_segment(layers)
-    decoded = [layer[:height, :width] for layer in tokenizers.decode(segment.ids)[0].value]
+    segment = timed.segment("rgba", layers)
+    decoded = [layer[:height, :width] for layer in timed.decode(segment)]
     figures: Figures = {}
-    grounds = {
+    for name, ground in grounds(height, width).items():
+        figures[f"psnr_{name}"] = psnr(composite(layers, ground), composite(decoded, ground))
+    figures["alpha_mae"] = alpha_mae(layers, decoded)
+    return segment, figures | {"pixels": height * width * len(layers)}
+
+
+def grounds(height: int, width: int) -> dict[str, NDArray[np.float64]]:
+    """What layers are laid over to be compared."""
+    return {
         "black": np.zeros((height, width, 3)),
         "white": np.full((height, width, 3), 255.0),
         "checker": checkerboard(height, width),
     }
-    for name, ground in grounds.items():
-        figures[f"psnr_{name}"] = psnr(composite(layers, ground), composite(decoded, ground))
+
+
+def alpha_mae(layers: Iterable[U8], decoded: Iterable[U8]) -> float:
+    """Mean absolute error of alpha, 0 to 1."""
     errors = [np.abs(a[..., 3] - b[..., 3].astype(np.float64)).mean() / 255 for a, b in zip(layers, decoded)]
-    figures["alpha_mae"] = float(np.mean(errors))
-    return segment, figures
+    return float(np.mean(errors))
 
 
-def _video(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segment, Figures]:
+def _video(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
     frames, times = read.video_of(members, where=where)
-    segment = tokenizers.video_segment(frames, times)
-    decoded = tokenizers.decode(segment.ids)[0].value
+    segment = timed.segment("video", frames, times)
+    decoded = timed.decode(segment)
     cut = decoded[:, : frames.shape[1], : frames.shape[2]]
     lost = len(frames) - len(decoded)
-    return segment, {"psnr": psnr(frames, cut) if not lost else 0.0, "frames_lost": lost}
+    # The last frame is on screen as long as the others are on average.
+    seconds = float(times[-1] - times[0]) * len(times) / max(1, len(times) - 1)
+    size = {"frames": len(frames), "seconds": seconds, "pixels": int(np.prod(frames.shape[:3]))}
+    return segment, {"psnr": psnr(frames, cut) if not lost else 0.0, "frames_lost": lost, **size}
 
 
-def _audio(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segment, Figures]:
+def _audio(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
     samples, rate = read.audio_of(members, where=where)
-    segment = tokenizers.audio_segment(samples, rate)
-    decoded, target = tokenizers.decode(segment.ids)[0].value
+    segment = timed.segment("audio", samples, rate)
+    decoded, target = timed.decode(segment)
     original = resample(samples, rate, target)
-    return segment, {"si_sdr": si_sdr(original, decoded[: len(original)])}
+    decoded = decoded[: len(original)]
+    return segment, {"si_sdr": si_sdr(original, decoded), "seconds": len(samples) / rate}
 
 
-def _score(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segment, Figures]:
+def _score(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
     page = read.score_of(members, where=where)
-    segment = tokenizers.score_segment(page)
-    decoded = tokenizers.decode(segment.ids)[0].value[: page.shape[0], : page.shape[1]]
-    return segment, {"ink_f1": ink_f1(page, decoded)}
+    segment = timed.segment("score", page)
+    decoded = timed.decode(segment)[: page.shape[0], : page.shape[1]]
+    return segment, {"ink_f1": ink_f1(page, decoded), "pixels": page.size}
 
 
-def _text(tokenizers: TokenizerSet, members: Members, where: str) -> tuple[Segment, Figures]:
+def _text(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
     text = read.text_of(members, where=where)
-    segment = tokenizers.text_segment(text)
-    decoded = tokenizers.decode(segment.ids)
-    back = decoded[0].value if decoded else ""
+    segment = timed.segment("text", text)
+    back = timed.decode(segment) or ""
     return segment, {"lossy_documents": int(back != text), "bytes": len(text.encode("utf-8"))}
+
+
+def _notes(modality: str, endings: tuple[str, ...]) -> Callable[..., tuple[Segment, Figures]]:
+    """Notes as words: whether what comes back is written with the same ids again."""
+
+    def measured(timed: _Timed, members: Members, where: str) -> tuple[Segment, Figures]:
+        found = next((members[ending] for ending in endings if ending in members), None)
+        if found is None:
+            raise DataError(f"the record has no member {' or '.join(endings)}", where=where)
+        segment = timed.segment(modality, found)
+        back = timed.decode(segment)
+        data = back.encode("utf-8") if isinstance(back, str) else back
+        try:
+            ids = getattr(timed.tokenizers, f"{modality}_segment")(data).ids
+        except DataError:
+            ids = np.zeros(0, np.int32)
+        return segment, {"lossy_records": int(not np.array_equal(ids, segment.ids))}
+
+    return measured
 
 
 _MEASURES: dict[str, tuple[str, Callable[..., tuple[Segment, Figures]]]] = {
@@ -145,17 +203,48 @@ _MEASURES: dict[str, tuple[str, Callable[..., tuple[Segment, Figures]]]] = {
     "video": ("image", _video),
     "audio": ("audio", _audio),
     "score": ("score", _score),
+    "symbolic": ("symbolic", _notes("symbolic", ("musicxml", "mxl"))),
+    "midi": ("midi", _notes("midi", ("mid", "midi"))),
 }
-_SUMS = {"lossy_documents", "frames_lost", "bytes"}
+_SUMS = {"lossy_documents", "lossy_records", "frames_lost"}
+#: What rates are taken over.
+_UNITS = ("bytes", "pixels", "seconds", "frames")
+
+
+def codec_of(tokenizers: TokenizerSet, source: str) -> str:
+    """The codec that a modality's ids come from; for video that of pictures, unless the set has one for it."""
+    return source if source in tokenizers.codecs else _MEASURES[source][0]
+
+
+def blocks_of(tokenizers: TokenizerSet, source: str) -> list[Block]:
+    """The blocks that a modality's ids come from: a codec of video writes ids of pictures too."""
+    names = (source, _MEASURES[source][0])
+    return [block for block in tokenizers.manifest.blocks if block.codec in names]
+
+
+def code_bits(blocks: Iterable[Block], ids: NDArray[np.int32]) -> float:
+    """Bits that the ids of these blocks carry: log2 of the size of its block for each. Ids that mark ends of rows,
+    frames or records count nothing: shapes say where they stand."""
+    return sum(
+        int(((ids >= block.start) & (ids < block.stop)).sum()) * log2(max(2, block.size)) for block in blocks
+    )
 
 
 def measure(
-    tokenizers: TokenizerSet, samples: Mapping[str, Iterable[Members]], *, limit: int = 200
+    tokenizers: TokenizerSet,
+    samples: Mapping[str, Iterable[Members]],
+    *,
+    limit: int = 200,
+    speed: bool = False,
+    progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
     """{modality: figures} over at most `limit` held-out records of each source.
 
     psnr, floor_psnr (see `rate_floor`), si_sdr in dB; alpha_mae of 0..1; tokens_per_record; codes_used, the
-    share of a modality's ids that occurred; everything else counts. Damaged records are counted as skipped.
+    share of a modality's ids that occurred; bits (see `code_bits`) per record, pixel, second or byte; everything else
+    counts (lossy_records: notes that are written with other ids when they come back).
+    Damaged records are counted as skipped. speed: also records encoded and decoded in a second of one core, and
+    seconds of sound or film, or bytes of text, in such a second. progress: called with (source, records done).
     """
     out: dict[str, Any] = {}
     for source, (codec, function) in _MEASURES.items():
@@ -164,24 +253,33 @@ def measure(
         rows: list[Figures] = []
         lengths: list[int] = []
         used: set[int] = set()
-        skipped = 0
+        skipped, bits, timed = 0, 0.0, _Timed(tokenizers)
+        blocks = blocks_of(tokenizers, source)
         for number, members in enumerate(samples[source]):
             if number >= limit:
                 break
             try:
-                segment, figures = function(tokenizers, members, f"{source} record {number}")
+                segment, figures = function(timed, members, f"{source} record {number}")
             except DataError:
                 skipped += 1
                 continue
             rows.append(figures)
             lengths.append(len(segment))
             used.update(np.unique(segment.ids).tolist())
-        out[source] = _summary(tokenizers, codec, rows, lengths, used) | {"skipped": skipped}
+            bits += code_bits(blocks, segment.ids)
+            if progress is not None:
+                progress(source, number + 1)
+        units = Counter({unit: sum(row.pop(unit, 0) for row in rows) for unit in _UNITS})
+        out[source] = _summary(blocks, rows, lengths, used) | {"skipped": skipped}
+        if rows:
+            out[source]["bits_per_record"] = round(bits / len(rows), 1)
+            out[source] |= _rates(units, sum(lengths), bits)
+            out[source] |= _speeds(timed, units, len(rows)) if speed else {}
     return out
 
 
 def _summary(
-    tokenizers: TokenizerSet, codec: str, rows: list[Figures], lengths: list[int], used: set[int]
+    blocks: list[Block], rows: list[Figures], lengths: list[int], used: set[int]
 ) -> dict[str, float | int]:
     figures: dict[str, float | int] = {"records": len(rows)}
     if not rows:
@@ -191,10 +289,36 @@ def _summary(
         figures[name] = int(sum(values)) if name in _SUMS else round(float(np.mean(values)), 4)
     figures["tokens_per_record"] = round(float(np.mean(lengths)), 1)
     figures["tokens_max"] = max(lengths)
-    if "bytes" in figures:
-        figures["bytes_per_token"] = round(figures.pop("bytes") / max(1, sum(lengths)), 3)
-    blocks = [block for block in tokenizers.manifest.blocks if block.codec == codec]
     ids = sum(block.size for block in blocks)
     hit = sum(1 for i in used for block in blocks if block.start <= i < block.stop)
     figures["codes_used"] = round(hit / ids, 4)
     return figures
+
+
+def _rates(units: Mapping[str, float], tokens: int, bits: float) -> Figures:
+    """Tokens and bits of each unit that there is."""
+    rates: Figures = {}
+    if units["bytes"]:
+        rates["bytes_per_token"] = round(units["bytes"] / max(1, tokens), 3)
+        rates["bits_per_byte"] = round(bits / units["bytes"], 3)
+    if units["pixels"]:
+        rates["pixels_per_token"] = round(units["pixels"] / max(1, tokens), 2)
+        rates["bits_per_pixel"] = round(bits / units["pixels"], 4)
+    if units["seconds"]:
+        rates["tokens_per_s"] = round(tokens / units["seconds"], 1)
+        rates["bits_per_s"] = round(bits / units["seconds"], 1)
+    if units["frames"]:
+        rates["tokens_per_frame"] = round(tokens / units["frames"], 2)
+    return rates
+
+
+def _speeds(timed: _Timed, units: Mapping[str, float], records: int) -> Figures:
+    speeds: Figures = {}
+    for name, seconds in (("encode", timed.encode_s), ("decode", timed.decode_s)):
+        seconds = max(seconds, 1e-6)
+        speeds[f"{name}_per_s"] = round(records / seconds, 1)
+        if units["seconds"]:
+            speeds[f"{name}_x_real_time"] = round(units["seconds"] / seconds, 1)
+        if units["bytes"]:
+            speeds[f"{name}_bytes_per_s"] = round(units["bytes"] / seconds)
+    return speeds

@@ -35,6 +35,8 @@ COMMANDS = [
     ["tokenizer", "encode"],
     ["tokenizer", "decode"],
     ["tokenizer", "show"],
+    ["tokenizer", "eval"],
+    ["tokenizer", "encode-shards"],
     ["config", "show"],
     ["config", "schema"],
     ["train"],
