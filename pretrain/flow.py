@@ -1,8 +1,8 @@
 """Flow matching on latents: noise levels, their shift by the size of a document, noise, targets and weights.
 
 x_s = (1 - s) x + s e, and the velocity to learn is e - x (the sign of diffusers; papers that walk from noise to data
-have the other one). Levels and noise are drawn by (seed, sample, draw), never by rank or order, so any layout trains on the
-same numbers.
+have the other one). Levels and noise are drawn by (seed, sample, draw), never by rank or order, so any layout trains
+on the same numbers.
 """
 
 from __future__ import annotations
