@@ -19,7 +19,7 @@ from ringweave.tokenizers.errors import printable
 _SHOWN = 20
 
 tokenizer_app = typer.Typer(
-    name="tokenizer", no_args_is_help=True, help="Fit tokenizers on shards, encode and decode single files.",
+    name="tokenizer", no_args_is_help=True, help="Fit, learn, measure and show tokenizers; encode files and shards.",
     epilog="Example: ringweave tokenizer train --data runs/demo/data --out runs/demo/tokenizers",
 )  # fmt: skip
 
