@@ -208,7 +208,8 @@ def encode(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A text, image, audio, video or layer file.")],
     tokenizers: TokenizersOption,
     modality: Annotated[
-        str | None, typer.Option(help="text, image, rgba, score, audio or video; else by ending.")
+        str | None,
+        typer.Option(help="text, image, rgba, score, audio, video, symbolic, midi; else by ending."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the ids here instead of printing them.")

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from ringweave.pretrain.errors import ConfigError
 from ringweave.tokenizers.errors import DataError
+from ringweave.tokenizers.members import as_grey, as_mono, as_rgb, as_rgba
 
 BY_ENDING = {
     ".txt": "text", ".md": "text", ".png": "image", ".jpg": "image", ".jpeg": "image", ".webp": "image",
-    ".wav": "audio", ".flac": "audio", ".ogg": "audio", ".mp4": "video", ".mkv": "video", ".webm": "video",
+    ".wav": "audio", ".flac": "audio", ".ogg": "audio", ".mp3": "audio", ".mp4": "video", ".mkv": "video",
+    ".webm": "video", ".mov": "video", ".avi": "video", ".musicxml": "symbolic", ".mxl": "symbolic",
+    ".mid": "midi", ".midi": "midi",
 }  # fmt: skip
-MODALITIES = ("text", "image", "rgba", "score", "audio", "video")
+MODALITIES = ("text", "image", "rgba", "score", "audio", "video", "symbolic", "midi")
 #: Larger inputs belong into shards.
 MAX_BYTES = 1 << 30
 
@@ -51,40 +54,21 @@ def encode_file(path: Path, tokenizers: Any, *, modality: str | None = None) -> 
     where = str(path)
     if chosen == "audio":
         samples, rate = media.decode_audio(data, where=where)
-        mono = np.rint(samples.astype(np.float64).mean(axis=1)).astype(np.int16)
-        return tokenizers.audio_segment(mono, rate)
+        return tokenizers.audio_segment(as_mono(samples), rate)
     if chosen == "video":
         frames, times = media.decode_video(data, where=where)
         return tokenizers.video_segment(frames, times)
+    if chosen == "symbolic":
+        return tokenizers.symbolic_segment(data, where=where)
+    if chosen == "midi":
+        return tokenizers.midi_segment(data, where=where)
     image = media.decode_image(data, where=where)
+    # The same conversions as in training, so that a file gives the ids it has there.
     if chosen == "rgba":
-        return tokenizers.rgba_segment([_with_alpha(image)])
+        return tokenizers.rgba_segment([as_rgba(image)])
     if chosen == "score":
-        return tokenizers.score_segment(_grey(image))
-    return tokenizers.image_segment(_rgb(image))
-
-
-def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, C] with C 1, 3 or 4 as [H, W, 3]; transparency is laid over white."""
-    if image.shape[2] == 4:
-        alpha = image[..., 3:].astype(np.uint16)
-        blended = (image[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255
-        return blended.astype(np.uint8)
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-
-
-def _with_alpha(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if image.shape[2] == 4:
-        return image
-    opaque = np.full((*image.shape[:2], 1), 255, np.uint8)
-    return np.concatenate([_rgb(image), opaque], axis=2)
-
-
-def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W] by Rec. 601 luma in integers."""
-    rgb = _rgb(image).astype(np.uint32)
-    grey = (rgb[..., 0] * 299 + rgb[..., 1] * 587 + rgb[..., 2] * 114 + 500) // 1000
-    return grey.astype(np.uint8)
+        return tokenizers.score_segment(as_grey(image))
+    return tokenizers.image_segment(as_rgb(image))
 
 
 def read_ids(path: Path) -> NDArray[np.int32]:
@@ -105,7 +89,7 @@ def read_ids(path: Path) -> NDArray[np.int32]:
 
 
 def write_decoded(decoded: Sequence[Any], out: Path) -> list[dict[str, Any]]:
-    """Writes each decoded part into `out`: .txt, .wav, .png (frames and layers numbered)."""
+    """Writes each decoded part into `out`: .txt, .musicxml, .mid, .wav, .png (frames and layers numbered)."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for number, part in enumerate(decoded):
@@ -116,8 +100,12 @@ def write_decoded(decoded: Sequence[Any], out: Path) -> list[dict[str, Any]]:
 
 
 def _write_part(out: Path, stem: str, modality: str, value: Any) -> list[Path]:
+    if isinstance(value, bytes):
+        path = out / f"{stem}.mid"
+        path.write_bytes(value)
+        return [path]
     if isinstance(value, str):
-        path = out / f"{stem}.txt"
+        path = out / f"{stem}.{'musicxml' if modality == 'symbolic' else 'txt'}"
         path.write_text(value, encoding="utf-8")
         return [path]
     if modality == "audio":

@@ -61,6 +61,8 @@ def unpack(data: bytes, *, where: str, max_bytes: int = MAX_BYTES) -> bytes:
             if len(entries) > MAX_ENTRIES:
                 raise refuse(where, f"{len(entries)} files in the .mxl, limit {MAX_ENTRIES}")
             names = {entry.filename: entry for entry in entries}
+            if len(names) < len(entries):
+                raise refuse(where, "two files of one name in the .mxl: nothing says which is meant")
             container = names.get("META-INF/container.xml")
             if container is not None:
                 name = _root_file(_extract(archive, container, where, max_bytes), where)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
+from media_samples import saved
 from PIL import Image
 from tokenizer_samples import clip, flac, mp4, picture, png, tone
 
@@ -18,12 +18,6 @@ from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.media import decode_audio, decode_image, decode_video
 
 WHERE = "shard-0000.tar#key"
-
-
-def saved(image: Image.Image, form: str, **options: object) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, form, **options)  # type: ignore[arg-type]
-    return sink.getvalue()
 
 
 RGB = Image.fromarray(picture(1))
@@ -124,7 +118,7 @@ def test_images_keep_their_channels() -> None:
     layer = picture(2, "RGBA")
     assert np.array_equal(decode_image(png(layer), where=WHERE), layer)
     wide = Image.fromarray((np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8))
-    assert decode_image(saved(wide, "PNG"), where=WHERE)[7, 7, 0] == 63_000 >> 8
+    assert decode_image(saved(wide, "PNG"), where=WHERE)[7, 7, 0] == round(63_000 / 257)
 
 
 def test_transparency_of_palettes_and_keys_becomes_alpha() -> None:
@@ -149,18 +143,11 @@ def test_animations_are_refused() -> None:
         decode_image(data, where=WHERE)
 
 
-def test_audio_keeps_channels_and_saturates() -> None:
+def test_audio_keeps_its_channels() -> None:
     both = np.stack([tone(1, 0.1), -tone(2, 0.1)], axis=1)
     samples, rate = decode_audio(flac(both, 22_050), where=WHERE)
     assert rate == 22_050
     assert np.array_equal(samples, both)
-    sink = io.BytesIO()
-    soundfile.write(sink, np.array([2.0, -2.0, 0.5]), 8000, format="WAV", subtype="FLOAT")
-    assert decode_audio(sink.getvalue(), where=WHERE)[0][:, 0].tolist() == [32767, -32768, 16384]
-    sink = io.BytesIO()
-    soundfile.write(sink, np.array([0.0, np.nan]), 8000, format="WAV", subtype="FLOAT")
-    with pytest.raises(DataError, match="non-finite"):
-        decode_audio(sink.getvalue(), where=WHERE)
 
 
 def test_video_keeps_every_frame_and_its_own_time() -> None:

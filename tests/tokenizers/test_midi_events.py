@@ -118,6 +118,25 @@ def test_stuck_overlapping_stray_and_zero_length_notes() -> None:
     assert midi_events.dropped(smf(stuck), where="x") == {"stuck note (ended with the file)": 1}
 
 
+def test_many_stuck_notes_end_with_the_file() -> None:
+    """Every pitch of every channel, twice, under a tempo change; only those of pitch 60 are ever ended, once."""
+    begin = b"".join(
+        bytes([0, 0x90 | c, pitch, 64]) for _ in range(2) for c in range(16) for pitch in range(128)
+    )
+    faster = b"\x83\x60\xff\x51\x03\x03\xd0\x90"  # after 0.5 s: 0.25 s a quarter
+    finish = b"\x83\x60" + b"\0".join(bytes([0x80 | c, 60, 0]) for c in range(16))
+    data = smf(begin + faster + finish + b"\x83\x60\xff\x2f\x00")
+    found = midi_file.read(data, where="x")
+    assert len(found.notes) == 2 * 16 * 128
+    ends = {note.end for note in found.notes if note.pitch != 60}
+    assert ends == {1_000_000}
+    assert sorted(note.end for note in found.notes if note.pitch == 60) == [750_000] * 16 + [1_000_000] * 16
+    assert found.dropped == {"stuck note (ended with the file)": 2 * 16 * 128 - 16}
+    notes, complete = midi_events.decode_notes(midi_events.encode(data, where="x"))
+    assert complete
+    assert {note.end for note in notes if not note.drum} == {1_000_000}
+
+
 def test_pedals_sysex_texts_and_other_chunks_are_left_out() -> None:
     track = (
         b"\x00\xb0\x40\x7f"

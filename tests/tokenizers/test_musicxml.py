@@ -28,6 +28,14 @@ def packed(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
     return sink.getvalue()
 
 
+def packed_twice(name: str, *contents: bytes) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for content in contents:
+            archive.writestr(name, content)
+    return sink.getvalue()
+
+
 def refused(data: bytes, why: str | None = None) -> None:
     with pytest.raises(DataError, match=why) as caught:
         musicxml.read(data, where="shard-0:7")
@@ -82,6 +90,13 @@ def test_no_entity_is_dropped_without_a_word() -> None:
     refused(SCORE.replace(DOCTYPE, "").replace("né", "&unknown;").encode(), "undefined entity")
     plain = SCORE.replace("né", "&lt;&#233;")
     assert musicxml.read(plain.encode(), where="x").findtext(".//text") == "<é"
+
+
+@pytest.mark.parametrize("half", ["&#xD800;", "&#xDFFF;", "&#0;", "&#x110000;", "\ud800"])
+def test_halves_of_pairs_and_other_characters_that_are_none_are_refused(half: str) -> None:
+    refused(SCORE.replace("né", half).encode("utf-8", "surrogatepass"), "not well-formed")
+    wide = SCORE.replace("UTF-8", "UTF-16").replace("né", half).encode("utf-16", "surrogatepass")
+    refused(wide, "not well-formed")
 
 
 def test_depth_elements_and_bytes_are_bounded() -> None:
@@ -144,6 +159,14 @@ def test_bombs_and_odd_archives_are_refused() -> None:
     refused(packed({"a.xml": b"<a/>", "b.xml": b"<a/>"}), "2 XML files")
     refused(packed({"s.xml": SCORE.encode()}, zipfile.ZIP_LZMA), "packed by method 14")
     refused(packed({f"{i}.txt": b"" for i in range(1100)}), "1100 files")
+    for name in ("../../../etc/hostname", "/etc/hostname", "file:///etc/hostname"):
+        outside = CONTAINER.replace("a/score.xml", name).encode()
+        refused(
+            packed({"META-INF/container.xml": outside, "a/score.xml": SCORE.encode()}), "does not hold it"
+        )
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        twice = packed_twice("s.xml", SCORE.encode(), SCORE.replace("P1", "P2").encode())
+    refused(twice, "two files of one name")
     hidden = bytearray(packed({"s.xml": SCORE.encode()}))
     hidden[hidden.rindex(b"PK\x01\x02") + 8] |= 1
     refused(bytes(hidden), "encrypted")
