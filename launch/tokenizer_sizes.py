@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ringweave.tokenizers.fit import FitSizes
 
 
+CHOICES = {"text_model": ("bpe", "unigram"), "audio_order": ("frame-major", "coarse-first", "delay")}
+
+
 def parse_sizes(settings: Sequence[str]) -> FitSizes:
     """`FitSizes` with `key=value` settings. ConfigError names an unknown key, with the nearest known one, or a value
     that is not of its kind."""
@@ -39,6 +42,10 @@ def _value(key: str, text: str, default: Any) -> Any:
         if text in ("true", "false"):
             return text == "true"
         raise ConfigError(f"--size {key} is true or false, not {text!r}")
+    if key in CHOICES:
+        if text in CHOICES[key]:
+            return text
+        raise ConfigError(f"--size {key} is one of {', '.join(CHOICES[key])}, not {text!r}")
     if isinstance(default, int):
         # 16K counts in thousands, as budgets of tokens do in configs.
         scale = {"K": 1000, "M": 1_000_000}.get(text[-1:], 1)

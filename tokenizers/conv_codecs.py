@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringweave.tokenizers.audio import BASIS_SCALE, Framer, frames_of, transform
+from ringweave.tokenizers.audio import BASIS_SCALE, SAMPLES, Framer, frames_of, transform
 from ringweave.tokenizers.codec import (
     Tensors,
     from_patches,
@@ -23,7 +23,7 @@ from ringweave.tokenizers.codec import (
 )
 from ringweave.tokenizers.conv_codec import ConvCore
 from ringweave.tokenizers.grid import BLANK
-from ringweave.tokenizers.score import ink_cells
+from ringweave.tokenizers.score import ink_cells, ink_of_tone
 
 F64 = NDArray[np.float64]
 I16 = NDArray[np.int16]
@@ -63,10 +63,13 @@ class ConvImageCodec(_Conv):
 
     def encode(self, images: U8) -> NDArray[np.int32]:
         """Codes int32 [..., h, w] of uint8 [..., H, W, 3], edge-padded to whole patches."""
-        grid = to_patches(pad_to(images, self.patch), self.patch)
-        cells = grid.reshape(-1, *grid.shape[-3:])
-        codes = [self.core.encode(cells[n : n + 1].astype(np.float64)) for n in range(len(cells))]
-        return np.concatenate(codes)[..., 0].reshape(grid.shape[:-1])
+        rows, columns = (-(-side // self.patch) for side in images.shape[-3:-1])
+        frames = images.reshape(-1, *images.shape[-3:])
+        codes = np.empty((len(frames), rows, columns), np.int32)
+        for n, frame in enumerate(frames):  # one by one: bounds memory
+            cells = to_patches(pad_to(frame, self.patch), self.patch)
+            codes[n] = self.core.encode(cells[None].astype(np.float64))[0, ..., 0]
+        return codes.reshape(*images.shape[:-3], rows, columns)
 
     def decode(self, codes: NDArray[np.int32]) -> U8:
         """uint8 [..., p*h, p*w, 3] of codes [..., h, w]; a missing code (-1) is the mean patch and what is around."""
@@ -76,24 +79,28 @@ class ConvImageCodec(_Conv):
 
 
 class ConvScoreCodec(_Conv):
-    """uint8 [H, W] grey <-> codes int32 [h, w, books]; BLANK throughout where the paper is blank."""
+    """uint8 [H, W] grey <-> codes int32 [h, w, books]; BLANK throughout where the paper is blank.
+
+    tensors hold `tone` [256] besides: what each level of ink is coded as (`score.ink_tone`); absent: itself.
+    """
 
     kind = "score.conv"
 
     def __init__(self, config: dict[str, int], tensors: Tensors) -> None:
         super().__init__(config, tensors)
         self.patch = config["patch"]
+        self._tone = tensors.get("tone", np.arange(256)).astype(np.float64)
 
     def encode(self, page: U8) -> NDArray[np.int32]:
         """Codes int32 [h, w, books] of grey uint8 [H, W], padded with paper to whole patches."""
         ink = ink_cells(page, self.patch)
-        codes = self.core.encode(ink[None].astype(np.float64))[0]
+        codes = self.core.encode(self._tone[ink][None])[0]
         codes[ink.max(-1) < self.config["blank_below"]] = BLANK
         return codes
 
     def decode(self, codes: NDArray[np.int32]) -> U8:
         """Grey uint8 [p*h, p*w]; blank and missing cells are white."""
-        ink = self.core.decode(np.maximum(codes, -1)[None])[0]
+        ink = ink_of_tone(self.core.decode(np.maximum(codes, -1)[None])[0], self._tone)
         ink[codes[..., 0] < 0] = 0
         return from_patches(255 - to_uint8(ink), self.patch, 1)[..., 0]
 
@@ -120,9 +127,7 @@ class ConvAudioCodec(_Conv):
     def encode(self, samples: I16) -> NDArray[np.int32]:
         """Codes int32 [F, books] of int16 [T]."""
         stream = self.stream()
-        pieces = [
-            stream.push(samples[start : start + (1 << 20)]) for start in range(0, len(samples), 1 << 20)
-        ]
+        pieces = [stream.push(samples[k : k + SAMPLES]) for k in range(0, max(1, len(samples)), SAMPLES)]
         return np.concatenate([*pieces, stream.flush()])
 
     def stream(self) -> ConvAudioEncoder:

@@ -108,5 +108,7 @@ class IntegerNet:
 
 
 def _settle(total: F64) -> F64:
-    """A sum in steps of 1/(WEIGHT * ACTIVATION) to steps of 1/ACTIVATION, half up, clipped."""
-    return np.clip(np.floor(total / WEIGHT + 0.5), -LIMIT, LIMIT)
+    """A sum in steps of 1/(WEIGHT * ACTIVATION) to steps of 1/ACTIVATION, half up, clipped. Overwrites it."""
+    total *= 1 / WEIGHT  # a power of two: exact
+    total += 0.5
+    return np.clip(np.floor(total, out=total), -LIMIT, LIMIT, out=total)

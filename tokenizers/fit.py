@@ -19,14 +19,14 @@ from ringweave.tokenizers.rgba import RgbaCodec
 from ringweave.tokenizers.score import ScoreCodec
 from ringweave.tokenizers.set import TokenizerSet
 from ringweave.tokenizers.symbols import MidiCodec, SymbolicCodec
-from ringweave.tokenizers.text import TextCodec
+from ringweave.tokenizers.text import ModelType, TextCodec
 from ringweave.tokenizers.video import VideoCodec
 
 __all__ = ["FitSizes", "fit_tokenizers", "measure"]
 
 Samples = Mapping[str, Iterable[Members]]
 #: Codecs that `learn_run.learn_codecs` can train beyond their closed form.
-LEARNABLE = ("image", "audio", "score")
+LEARNABLE = ("image", "rgba", "audio", "score")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FitSizes:
     records; `max_records` of a source are looked at (text: `max_characters`)."""
 
     text_pieces: int = 2048
-    text_model: str = "bpe"
+    text_model: ModelType = "bpe"
     image_codes: int = 1024
     image_patch: int = 8
     rgba_alpha_books: int = 2

@@ -27,6 +27,7 @@ from ringweave.tokenizers.vq import ResidualQuantizer, fit_books
 
 BASIS_SCALE = 256
 CHANNELS = 3
+CELLS = 1024  # patches coded at a time: bounds memory, changes nothing else
 
 
 class ImageCodec:
@@ -39,6 +40,7 @@ class ImageCodec:
         self.patch = config["patch"]
         self._basis = tensors["basis"].astype(np.float64)  # [p*p*3, D], unit columns times BASIS_SCALE
         self._mean = tensors["mean"].astype(np.float64)  # [p*p*3], whole pixel levels
+        self._offset = self._mean @ self._basis
         limit = 256.0 * np.sqrt(len(self._basis)) * BASIS_SCALE * 1.01
         self.quantizer = ResidualQuantizer(tensors["codebook"], limit=limit)
         self.codes = self.quantizer.codes
@@ -46,7 +48,8 @@ class ImageCodec:
         book = np.concatenate([tensors["codebook"][0], np.zeros((1, self._basis.shape[1]), np.int32)])
         self._patches = self._mean + (book @ self._basis.T) / float(BASIS_SCALE) ** 2
         self._features = book[:, : config["features"]] / float(BASIS_SCALE)
-        self._blend = tensors["blend"].astype(np.float64)  # [9*features + 1, p*p*3]
+        # [9*features + 1, p*p*3] in whole 2^-22, so that sums are exact: video ids depend on what is decoded.
+        self._blend = np.rint(tensors["blend"].astype(np.float64) * 2.0**22) / 2.0**22
 
     @classmethod
     def fit(
@@ -86,12 +89,24 @@ class ImageCodec:
             yield inputs.reshape(-1, inputs.shape[-1]), missed.reshape(-1, missed.shape[-1])
 
     def _encode_patches(self, grid: NDArray[np.uint8]) -> NDArray[np.int32]:
-        points = grid.reshape(-1, grid.shape[-1]).astype(np.float64) - self._mean
-        return self.quantizer.encode(points @ self._basis)[:, 0].reshape(grid.shape[:-1])
+        """Codes [...] of patches [..., p*p*3]."""
+        patches = grid.reshape(-1, grid.shape[-1])
+        codes = np.empty(len(patches), np.int32)
+        for start in range(0, len(codes), CELLS):
+            points = patches[start : start + CELLS].astype(np.float64) @ self._basis - self._offset
+            codes[start : start + CELLS] = self.quantizer.encode(points)[:, 0]
+        return codes.reshape(grid.shape[:-1])
 
     def encode(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
         """Codes int32 [..., h, w] of uint8 [..., H, W, 3], edge-padded to whole patches."""
-        return self._encode_patches(to_patches(pad_to(images, self.patch), self.patch))
+        rows, columns = (-(-side // self.patch) for side in images.shape[-3:-1])
+        frames = images.reshape(-1, *images.shape[-3:])
+        codes = np.empty((len(frames), rows, columns), np.int32)
+        at_once = max(1, CELLS // max(1, rows * columns))
+        for start in range(0, len(frames), at_once):
+            part = pad_to(frames[start : start + at_once], self.patch)
+            codes[start : start + at_once] = self._encode_patches(to_patches(part, self.patch))
+        return codes.reshape(*images.shape[:-3], rows, columns)
 
     def decode(self, codes: NDArray[np.int32]) -> NDArray[np.uint8]:
         """uint8 [..., p*h, p*w, 3] of codes [..., h, w]; -1 (missing) decodes to the mean patch."""

@@ -31,6 +31,8 @@ from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.learn_start import Crops
 
 STATE_FORMAT = 1
+#: What of a core the second phase trains.
+LATE = ("decoder.", "back")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Schedule:
     """steps: both phases together, the last third for the decoder alone; batch: crops of one step over all ranks;
     rate: highest learning rate; absolute: weight of the absolute beside the squared error; ema: share of the old
     weights kept by each step in the averages that become the codec; book_share: learning rate of the codebooks beside
-    `rate`."""
+    `rate`; decoder_only: encoder, codebooks and basis stay those of the closed form."""
 
     steps: int = 2000
     batch: int = 24
@@ -48,11 +50,12 @@ class Schedule:
     ema: float = 0.995
     book_share: float = 0.25
     seed: int = 0
+    decoder_only: bool = False
 
     @property
     def joint(self) -> int:
         """Steps of the first phase."""
-        return self.steps * 2 // 3
+        return 0 if self.decoder_only else self.steps * 2 // 3
 
 
 class _Net(nn.Module):
@@ -101,6 +104,12 @@ def _digest(tensors: Tensors) -> str:
     return found.hexdigest()
 
 
+def fixed_point(values: Tensor, steps: float) -> NDArray[np.int32]:
+    """Weights in integers of 1/`steps`, saturating."""
+    whole = np.rint(values.detach().double().numpy() * steps)
+    return np.clip(whole, -(2**31) + 1, 2**31 - 1).astype(np.int32)
+
+
 def _key(name: str) -> str:
     return name.replace(".", "_")
 
@@ -145,47 +154,68 @@ class LearnedCore(nn.Module):
         """Tensors of the `ConvCore` these weights make."""
         unit = float(self.config["unit"])
 
-        def fixed(values: Tensor, steps: float) -> NDArray[np.int32]:
-            whole = np.rint(values.detach().double().numpy() * steps)
-            return np.clip(whole, -(2**31) + 1, 2**31 - 1).astype(np.int32)
-
         return {
-            "project": fixed(self.project, BASIS),
-            "back": fixed(self.back, BASIS),
-            "mean": fixed(self.mean, unit),
-            "codebooks": fixed(self.books, self.config["steps"] * unit),
+            "project": fixed_point(self.project, BASIS),
+            "back": fixed_point(self.back, BASIS),
+            "mean": fixed_point(self.mean, unit),
+            "codebooks": fixed_point(self.books, self.config["steps"] * unit),
             **self.encoder.rounded("encoder."),
             **self.decoder.rounded("decoder."),
         }
 
 
+@dataclass(frozen=True)
+class Coded:
+    """What a step coded with the books [Q, K, D] that the core calls `books`.
+
+    z: float32 [m, D], where lost codes may move to; codes: [n, Q], those that count as used.
+    """
+
+    books: str
+    z: Tensor
+    codes: Tensor
+
+
 class Training:
-    """Steps, averages, dead codes, and the state that a stopped training goes on from."""
+    """Steps, averages, dead codes, and the state that a stopped training goes on from.
+
+    A core has its codebooks in parameters named `books...`, and what the second phase trains in `back...` and
+    `decoder.`; a subclass with another core says what a step misses in `_joint_terms` and `_decoder_terms`.
+    """
+
+    #: The core that learns, the integer core it becomes, and the books it has.
+    learner: type[Any] = LearnedCore
+    integer: type[Any] = ConvCore
+    books: tuple[str, ...] = ("books",)
 
     def __init__(self, config: dict[str, int], tensors: Tensors, crops: Crops, schedule: Schedule) -> None:
         self.config, self.crops, self.schedule = config, crops, schedule
-        self.core = LearnedCore(config, tensors, seed=schedule.seed)
-        self.average = LearnedCore(config, tensors, seed=schedule.seed)
+        self.core = self.learner(config, tensors, seed=schedule.seed)
+        self.average = self.learner(config, tensors, seed=schedule.seed)
         self.average.requires_grad_(False)
+        shapes = [getattr(self.core, name).shape for name in self.books]
         #: 1 when code 0 of every book is the zero vector and stays it: a codec that says silence with it.
-        self.reserved = int(not tensors["codebooks"][:, 0].any())
+        self.reserved = int("codebooks" in tensors and not tensors["codebooks"][:, 0].any())
         self._start = _digest(tensors)
         self.step = 0
-        shape = (config["books"], config["codes"])
-        self.seen = torch.ones(shape)  # a trace of when each code was last used
+        # A trace of when each code was last used: the books of all names one after another.
+        self.seen = torch.ones(sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
         self.loss = float("nan")
         self._optimizer = self._new_optimizer()
-        self._finished: ConvCore | None = None  # what gives the codes in the second phase
+        self._finished: Any = None
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         fixed = self.step >= self.schedule.joint
         for name, parameter in self.core.named_parameters():
-            parameter.requires_grad_(not fixed or name.startswith(("decoder.", "back")))
-        learning = [p for n, p in self.core.named_parameters() if p.requires_grad and n != "books"]
+            parameter.requires_grad_(
+                not fixed or name.startswith(LATE[:1] if self.schedule.decoder_only else LATE)
+            )
+        learning = [p for n, p in self.core.named_parameters() if p.requires_grad and n not in self.books]
         groups: list[dict[str, Any]] = [{"params": learning, "share": 1.0}]
         if not fixed:
             # A code is chosen by few cells of a step: its vector must not follow each of them.
-            groups.append({"params": [self.core.books], "share": self.schedule.book_share})
+            books = [getattr(self.core, name) for name in self.books]
+            groups.append({"params": books, "share": self.schedule.book_share})
         return torch.optim.AdamW(groups, lr=self.schedule.rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     def run(self, *, until: int | None = None, progress: Callable[[int, float], Any] | None = None) -> None:
@@ -219,9 +249,9 @@ class Training:
             group["lr"] = self._rate() * group["share"]
         cells, weights = self._my_part()
         if self.step < self.schedule.joint:
-            terms, z, codes = self._joint_terms(cells, weights)
+            terms, coded = self._joint_terms(cells, weights)
         else:
-            terms, z, codes = [self._decoder_terms(cells, weights)], None, None
+            terms, coded = [self._decoder_terms(cells, weights)], []
         # Sums over all ranks, divided once: the number of cells that count differs between them.
         count = _over_ranks((weights > 0).sum().float())
         total = sum(terms) / count.clamp(min=1.0)
@@ -241,8 +271,8 @@ class Training:
         if self.reserved:
             with torch.no_grad():
                 self.core.books[:, 0] = 0
-        if z is not None and codes is not None:
-            self._revive(z, codes)
+        if coded:
+            self._revive(coded)
         self._average()
 
     def _my_part(self) -> tuple[Tensor, Tensor]:
@@ -256,7 +286,7 @@ class Training:
             weights[mine], dtype=torch.float32
         )
 
-    def _joint_terms(self, x: Tensor, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _joint_terms(self, x: Tensor, weights: Tensor) -> tuple[list[Tensor], list[Coded]]:
         z = self.core.encode(x)
         flat = z.reshape(-1, z.shape[-1])
         live = (weights > 0).reshape(-1, 1)
@@ -272,14 +302,19 @@ class Training:
             rest = rest - chosen.detach()
         passed = (flat - rest.detach()) * live  # the sum of the codes, with the gradient of what was coded
         out = self.core.decode(passed.reshape(z.shape))
-        return [self._misses(out, x, weights), pull], flat.detach(), codes[live[:, 0]]
+        return [self._misses(out, x, weights), pull], [Coded("books", flat.detach(), codes[live[:, 0]])]
+
+    def finished(self) -> Any:
+        """The integer core that gives the codes in the second phase."""
+        if self._finished is None:
+            self._finished = self.integer(self.config, self.core.rounded())
+        return self._finished
 
     def _decoder_terms(self, x: Tensor, weights: Tensor) -> Tensor:
         """Codes by the finished integer encoder, and the decoder's misses."""
-        if self._finished is None:
-            self._finished = ConvCore(self.config, self.core.rounded())
-        codes = self._finished.encode(np.rint(x.double().numpy() * self.config["unit"]))
-        vectors = self._finished.quantizer.decode(codes.reshape(-1, codes.shape[-1]))
+        finished = self.finished()
+        codes = finished.encode(np.rint(x.double().numpy() * self.config["unit"]))
+        vectors = finished.quantizer.decode(codes.reshape(-1, codes.shape[-1]))
         q = torch.tensor(vectors / (self.config["steps"] * self.config["unit"]), dtype=torch.float32)
         q = q.reshape(*codes.shape[:-1], -1) * (weights > 0)[..., None]
         return self._misses(self.core.decode(q), x, weights)
@@ -288,30 +323,42 @@ class Training:
         error = out - x
         return ((error.pow(2).mean(-1) + self.schedule.absolute * error.abs().mean(-1)) * weights).sum()
 
-    def _revive(self, z: Tensor, codes: Tensor) -> None:
+    def _revive(self, coded: list[Coded]) -> None:
         """Every 50 steps a code that was not used for long moves to where a cell of this step is badly served."""
-        used = torch.zeros_like(self.seen)
-        for q in range(self.config["books"]):
-            used[q, codes[:, q]] = 1
+        used, row = torch.zeros_like(self.seen), 0
+        for part in coded:
+            for q in range(part.codes.shape[1]):
+                used[row + q, part.codes[:, q]] = 1
+            row += part.codes.shape[1]
         used = _over_ranks(used).clamp(max=1)
         self.seen = torch.maximum(self.seen * 0.98, used)
         if self.step % 50 != 49 or self.step > 0.8 * self.schedule.joint:
             return
         generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.step)
+        row = 0
         with torch.no_grad():
-            rest = _gathered(z)
-            for q, book in enumerate(self.core.books):
-                chosen = book[((book * book).sum(1) - 2 * rest @ book.T).argmin(1)]
-                lost = torch.nonzero(self.seen[q] < 0.2)[:, 0]
-                lost = lost[lost >= self.reserved]
-                cost = (rest - chosen).pow(2).sum(1)
-                many = min(len(lost), int((cost > 0).sum()))
-                if many:
-                    places = torch.multinomial(cost, many, generator=generator)
-                    book[lost[:many]] = rest[places]
-                    self.average.books[q, lost[:many]] = rest[places]
-                    self.seen[q, lost[:many]] = 1
-                rest = rest - chosen
+            for part in coded:
+                rest = _gathered(part.z)
+                for q, book in enumerate(getattr(self.core, part.books)):
+                    average, seen = getattr(self.average, part.books)[q], self.seen[row + q, : len(book)]
+                    rest = rest - self._move(book, average, seen, rest, generator)
+                row += part.codes.shape[1]
+
+    def _move(
+        self, book: Tensor, average: Tensor, seen: Tensor, rest: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Moves the lost codes of one book, in place; returns the vectors [m, D] that `rest` had before."""
+        chosen = book[((book * book).sum(1) - 2 * rest @ book.T).argmin(1)]
+        lost = torch.nonzero(seen < 0.2)[:, 0]
+        lost = lost[lost >= self.reserved]
+        cost = (rest - chosen).pow(2).sum(1)
+        many = min(len(lost), int((cost > 0).sum()))
+        if many:
+            places = torch.multinomial(cost, many, generator=generator)
+            book[lost[:many]] = rest[places]
+            average[lost[:many]] = rest[places]
+            seen[lost[:many]] = 1
+        return chosen
 
     def _average(self) -> None:
         # A short memory at first, so that the average is not of where training began.
@@ -327,10 +374,7 @@ class Training:
             return self.average.rounded()
         fixed = self.core.rounded()  # encoder and books as the codes were made with
         mine = self.average.rounded()
-        return {
-            name: mine[name] if name == "back" or name.startswith("decoder.") else fixed[name]
-            for name in fixed
-        }
+        return {name: mine[name] if name.startswith(LATE) else fixed[name] for name in fixed}
 
     # ---- going on ----
 

@@ -16,7 +16,15 @@ from ringweave.tokenizers.audio import resample
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.fit import LEARNABLE, FitSizes, RecordReader, Samples, training_images
 from ringweave.tokenizers.learn import Schedule, Training
-from ringweave.tokenizers.learn_start import NetSizes, Start, audio_start, image_start, score_start
+from ringweave.tokenizers.learn_rgba import RgbaTraining
+from ringweave.tokenizers.learn_start import (
+    NetSizes,
+    Start,
+    audio_start,
+    image_start,
+    rgba_start,
+    score_start,
+)
 from ringweave.tokenizers.set import TokenizerSet
 
 #: Folder beside the codecs that holds the state of trainings that are not done.
@@ -54,7 +62,9 @@ def learn_codecs(
     for name in names:
         say(f"preparing the {name} tokenizer")
         start = _start(name, reader, sizes, net or NetSizes(), schedule.seed)
-        training = Training(start.config, start.tensors, start.crops, replace(schedule, commit=start.commit))
+        trainer = RgbaTraining if name == "rgba" else Training
+        mine = replace(schedule, commit=start.commit, decoder_only=start.decoder_only)
+        training = trainer(start.config, start.tensors, start.crops, mine)
         state = states / f"{name}.safetensors"
         if state.exists():
             training.restore(state)
@@ -69,12 +79,7 @@ def learn_codecs(
             "resumed_at": resumed,
         }
     if first:
-        loaded = TokenizerSet.load(folder)
-        files = {name: data for name, data in loaded.files.items() if name not in done}
-        codecs = loaded.codecs | done
-        TokenizerSet(codecs, files=files | {name: codec.to_bytes() for name, codec in done.items()}).save(
-            folder
-        )
+        TokenizerSet.load(folder).replaced(done).save(folder)
         shutil.rmtree(states)
     if dist.is_initialized():
         dist.barrier()
@@ -98,12 +103,19 @@ def _start(name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, seed
         records = training_images(reader)
     elif name == "audio":
         records = [resample(clip, rate, sizes.audio_rate) for clip, rate in reader("audio", read.audio_of)]
+    elif name == "rgba":
+        records = [layer for record in reader("rgba", read.layers_of) for layer in record]
     else:
         records = list(reader("score", read.score_of))
     if not records:
         raise DataError(f"there are no {name} records to learn from")
     if name == "image":
         return image_start(records, codes=sizes.image_codes, patch=sizes.image_patch, net=net, seed=seed)
+    if name == "rgba":
+        return rgba_start(
+            records, books=sizes.rgba_alpha_books, alpha_codes=sizes.rgba_alpha_codes,
+            colour_codes=sizes.rgba_colour_codes, patch=sizes.image_patch, net=net, seed=seed,
+        )  # fmt: skip
     if name == "audio":
         return audio_start(
             records, rate=sizes.audio_rate, hop=sizes.audio_hop, bins=sizes.audio_bins, books=sizes.audio_books,

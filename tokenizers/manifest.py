@@ -236,8 +236,8 @@ class VocabularyManifest:
     def modality_of(self, ids: NDArray[np.int32]) -> NDArray[np.int8]:
         """MODALITY_ID of each id, int8 [n]; control ids, and ids between two blocks, are 0.
 
-        Video frames are written with the ids of the image block, so this says "image" for them; a segment's
-        own `modality` tells them apart.
+        Whole frames of a video are written with the ids of the image block, so this says "image" for them (and
+        "video" for moves and runs); a segment's own `modality` tells them apart.
         """
         ids = np.asarray(ids)
         if ids.size and (ids.min() < 0 or ids.max() >= self.size):

@@ -194,7 +194,7 @@ class Parser:
         out = np.full((int(counts.max(initial=0)), books), MISSING, np.int32)
         for book in range(books):
             out[: counts[book], book] = codes[columns == book]
-        cells = audio_cells(*out.shape, self._set.audio_order)
+        cells = audio_cells(len(out), books, self._set.audio_order)
         whole = bool(len(body)) and len(cells) == len(body) and bool((cells % books == columns).all())
         return (codec.decode(out), codec.rate), whole
 

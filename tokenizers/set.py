@@ -300,7 +300,7 @@ class TokenizerSet:
         unit = codec.rate * TIME_UNIT_MS // 1000  # samples
         places[..., 0] = (np.arange(len(codes)) * codec.hop // unit)[:, None]
         places[..., 1] = np.arange(codec.books)[None]
-        cells = audio_cells(*codes.shape, self.audio_order)
+        cells = audio_cells(len(codes), codec.books, self.audio_order)
         part = ((codes + starts).reshape(-1)[cells].astype(np.int32), places.reshape(-1, 4)[cells])
         return self._framed("audio", [part], role, weight)
 

@@ -11,6 +11,7 @@ from ringweave.tokenizers.audio import AudioCodec
 from ringweave.tokenizers.brought import BROUGHT, DESCRIPTION, Brought, read_brought
 from ringweave.tokenizers.codec import kind_of, sha256
 from ringweave.tokenizers.conv_codecs import ConvAudioCodec, ConvImageCodec, ConvScoreCodec
+from ringweave.tokenizers.conv_rgba import ConvRgbaCodec
 from ringweave.tokenizers.errors import VocabularyError
 from ringweave.tokenizers.image import ImageCodec
 from ringweave.tokenizers.manifest import CONTROL, VocabularyManifest
@@ -37,7 +38,9 @@ CODECS: dict[str, Any] = {
 #: How the books of a frame of sound become one stream; "delay" says book q of frame t after book 0 of frame t + q.
 AUDIO_ORDERS = ("frame-major", "coarse-first", "delay")
 #: Codecs that may stand in for those of CODECS: the kind that their file names -> class.
-LEARNED: dict[str, Any] = {codec.kind: codec for codec in (ConvImageCodec, ConvScoreCodec, ConvAudioCodec)}
+LEARNED: dict[str, Any] = {
+    codec.kind: codec for codec in (ConvImageCodec, ConvRgbaCodec, ConvScoreCodec, ConvAudioCodec)
+}
 
 
 def codec_class(name: str, data: bytes) -> Any:

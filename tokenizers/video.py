@@ -14,7 +14,7 @@ coding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,16 @@ class VideoCodec:
 
     def __init__(self, image: Any = None, config: dict[str, int] | None = None) -> None:
         self.image, self.config = image, DEFAULTS | (config or {})
+        ranges = {"reach": (0, 63), "runs": (1, 4095), "key_every": (0, 1 << 30), "tolerance": (100, 10_000)}
+        for name, value in self.config.items():
+            if (
+                name not in ranges
+                or type(value) is not int
+                or not ranges[name][0] <= value <= ranges[name][1]
+            ):
+                raise ValueError(f"a video codec has no setting {name}: {value!r}, only {ranges}")
         self.reach, self.runs = self.config["reach"], self.config["runs"]
         self.key_every, self.tolerance = self.config["key_every"], self.config["tolerance"]
-        if set(self.config) != set(DEFAULTS) or not (
-            0 <= self.reach <= 63 and 1 <= self.runs <= 4095 and self.key_every >= 0 and self.tolerance >= 100
-        ):
-            raise ValueError(f"no settings of a video codec: {self.config}")
         #: Number of ids of moves, and of runs: 0 is "all cells that are left", n is n cells.
         self.move_size, self.run_size = (2 * self.reach + 1) ** 2, self.runs + 1
 
@@ -106,10 +110,15 @@ class VideoCodec:
         """An encoder that takes the frames in pieces of any size and gives the same; it keeps one picture."""
         return VideoEncoder(self)
 
-    def decode(self, frames: Iterable[VideoFrame]) -> U8:
-        """uint8 [T, p*h, p*w, 3]; a cell that nothing is known of is the image codec's missing cell."""
+    def decode(self, frames: Sequence[VideoFrame]) -> U8:
+        """uint8 [T, p*h, p*w, 3] of frames of one size; a missing cell is that of the frame before, and of the first
+        frame the image codec's. `VideoDecoder` gives them one by one."""
+        height, width = frames[0].codes.shape if frames else (0, 0)
+        out = np.empty((len(frames), height * self.image.patch, width * self.image.patch, 3), np.uint8)
         decoder = VideoDecoder(self)
-        return np.stack([decoder.push(frame) for frame in frames])
+        for number, frame in enumerate(frames):
+            out[number] = decoder.push(frame)
+        return out
 
     def to_bytes(self) -> bytes:
         """The codec file."""
@@ -212,7 +221,8 @@ class VideoEncoder:
     def _moved(
         self, frame: U8, whole: VideoFrame, picture: Picture, before: Picture
     ) -> tuple[VideoFrame, Picture] | None:
-        """The frame as a move and its picture, or None when it costs no less ids than `whole` at no more error."""
+        """The frame as a move and its picture, or None when that takes as many ids as the cells of `whole` (whose row
+        ends are not counted, so that a cut gives a whole picture) or cannot be held to its error."""
         codec, image = self._codec, self._codec.image
         own = cell_errors(frame, picture.pixels, image.patch)
         move, errors = self._best_move(frame, before, own)
@@ -226,7 +236,7 @@ class VideoEncoder:
                 return None
             taken = choices[fitting[-1]].reshape(own.shape)
             found = VideoFrame(np.where(taken, MISSING, whole.codes).astype(np.int32), move)
-            if codec.ids(found) >= codec.ids(whole):
+            if codec.ids(found) >= found.codes.size * codec.columns:
                 return None
             painted = moved.painted(image, found.codes)
             over = int(cell_errors(frame, painted.pixels, image.patch).sum() - own.sum())
@@ -236,13 +246,18 @@ class VideoEncoder:
         return None
 
     def _best_move(self, frame: U8, before: Picture, own: I64) -> tuple[Move, I64]:
-        """The likely move from which most cells can be taken at no more error in all, and each cell's squared error
-        then; of equals the one of least error, then the smaller."""
+        """The move from which most cells can be taken at no more error in all, and each cell's squared error then; of
+        equals the one of least error, then the smaller. No move, where all cells can be taken without."""
         codec = self._codec
-        found = []
-        for move in likely_moves(frame, before.pixels, reach=codec.reach, count=CANDIDATES):
+
+        def tried(move: Move) -> tuple[int, int, Move, I64]:
             errors = cell_errors(frame, shifted(before.pixels, move), codec.image.patch)
             harm = np.sort((errors - own)[codec.bearable(errors, own)])
             cells = int((harm.cumsum() <= 0).sum())
-            found.append((-cells, int(harm[:cells].sum()), move, errors))
+            return -cells, int(harm[:cells].sum()), move, errors
+
+        found = [tried((0, 0))]
+        if -found[0][0] < own.size:
+            moves = likely_moves(frame, before.pixels, reach=codec.reach, count=CANDIDATES)
+            found += [tried(move) for move in moves]
         return min(found, key=lambda entry: entry[:2])[2:]

@@ -33,7 +33,7 @@ def shifted(picture: NDArray[Any], move: Move) -> NDArray[Any]:
     height, width = picture.shape[:2]
     rows = np.clip(np.arange(height) - move[0], 0, height - 1)
     columns = np.clip(np.arange(width) - move[1], 0, width - 1)
-    return picture[rows[:, None], columns[None]]
+    return picture[rows].take(columns, axis=1)
 
 
 def cell_errors(frame: U8, guess: U8, patch: int) -> I64:
@@ -67,13 +67,12 @@ def move_errors(frame: U8, before: U8, reach: int) -> I64:
 
 
 def likely_moves(frame: U8, before: U8, *, reach: int, count: int) -> list[Move]:
-    """No move, and the `count` moves of least error; of equals the smaller, then the first in rows and columns."""
+    """The `count` moves of least error; of equals the smaller, then the first in rows and columns."""
     errors = move_errors(frame, before, reach)
     steps = np.arange(-reach, reach + 1)
     down, right = np.broadcast_arrays(steps[:, None], steps[None])
     order = np.lexsort((right.ravel(), down.ravel(), (down**2 + right**2).ravel(), errors.ravel()))
-    best = [(int(k) // len(steps) - reach, int(k) % len(steps) - reach) for k in order[:count]]
-    return [(0, 0), *(move for move in best if move != (0, 0))]
+    return [(int(k) // len(steps) - reach, int(k) % len(steps) - reach) for k in order[:count]]
 
 
 def cheapest(harm: I64, allowed: Bools, columns: int) -> Bools:

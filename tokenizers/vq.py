@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 F64 = NDArray[np.float64]
 EXACT = 2.0**53
-ROWS = 512  # rows quantised at a time: bounds memory, changes nothing else
+ROWS = 256  # rows multiplied by all codes at a time: bounds memory, changes nothing else
+SUMS = 1 << 19  # distances that the beam compares at a time (4 MiB): the same
 
 
 def kmeans(
@@ -85,30 +86,48 @@ class ResidualQuantizer:
         self._flat = codebooks.reshape(-1, self.dim).astype(np.float64)
         norms = (self._flat * self._flat).sum(1)
         longest = float(np.sqrt(norms.reshape(self.books, self.codes).max(1)).sum())
-        if 4.0 * (limit + longest) ** 2 >= EXACT:
+        # No sum of the search leaves 2·L·(L + B): costs are |s|² - 2 x·s with |s| <= L and |x| <= B, products less.
+        if 2.0 * longest * (longest + limit) >= EXACT:
             raise ValueError(f"codebooks of length {longest:.3g} and inputs up to {limit:.3g} are not exact")
-        self._norms = norms.reshape(self.books, self.codes)
-        self._gram = self._flat @ self._flat.T if self.books > 1 else np.zeros((0, 0))
+        self._norms = norms
+        self._turned = np.ascontiguousarray(-2.0 * self._flat.T)
+        #: Twice the products of the codes of an earlier book [K] with those of a later one [K].
+        self._products = {
+            (earlier, later): 2.0 * self._book(earlier) @ self._book(later).T
+            for later in range(self.books)
+            for earlier in range(later)
+        }
+
+    def _book(self, number: int) -> F64:
+        return self._flat[number * self.codes : (number + 1) * self.codes]
 
     def encode(self, points: F64) -> NDArray[np.int32]:
         """Codes of integer `points` [n, D]: int32 [n, Q]. Equal distances go to the lower code."""
         out = np.empty((len(points), self.books), np.int32)
-        rows = ROWS if self.books == 1 else max(1, 2 * ROWS // self.beam)
-        for start in range(0, len(points), rows):
-            out[start : start + rows] = self._search(points[start : start + rows])
+        rows = max(1, SUMS // (self.codes * self.beam))
+        for start in range(0, len(points), ROWS):
+            alone = points[start : start + ROWS] @ self._turned  # |c|^2 - 2 x.c of every code of every book
+            alone += self._norms
+            for first in range(0, len(alone), rows):
+                part = alone[first : first + rows]
+                out[start + first : start + first + len(part)] = self._search(part)
         return out
 
-    def _search(self, points: F64) -> NDArray[np.int64]:
-        """The beam over |x - sum of codes|^2 - |x|^2, by products of codebooks instead of residuals."""
-        n, size = len(points), self.codes
-        dots = points @ self._flat.T
+    def _search(self, alone: F64) -> NDArray[np.int64]:
+        """The beam over |x - sum of codes|^2 - |x|^2, by products of codebooks instead of residuals. Overwrites."""
+        n, size = len(alone), self.codes
         paths, cost = np.zeros((n, 1, 0), np.int64), np.zeros((n, 1))
+        added = np.empty((n, self.beam, size))
         for book in range(self.books):
-            columns = slice(book * size, (book + 1) * size)
-            dot = np.broadcast_to(dots[:, None, columns], (n, paths.shape[1], size))
+            total = alone[:, None, book * size : (book + 1) * size]
+            if book:
+                total = total + cost[:, :, None]
             for earlier in range(book):
-                dot = dot - self._gram[earlier * size + paths[:, :, earlier], columns]
-            total = (cost[:, :, None] + self._norms[book] - 2.0 * dot).reshape(n, -1)
+                part = added[:, : paths.shape[1]]
+                # "clip" and not "raise", which would buffer what it writes: no code is out of range.
+                np.take(self._products[earlier, book], paths[:, :, earlier], axis=0, out=part, mode="clip")
+                total += part
+            total = total.reshape(n, -1)
             keep = 1 if book == self.books - 1 else min(self.beam, total.shape[1])
             chosen, cost = _smallest(total, keep)
             parents = np.take_along_axis(paths, (chosen // size)[:, :, None], axis=1)

@@ -211,6 +211,8 @@ def test_sizes_of_the_command_line() -> None:
         ("audio_books=many", "whole number above 0"),
         ("audio_books=0", "whole number above 0"),
         ("video=yes", "true or false"),
+        ("text_model=words", "one of bpe, unigram"),
+        ("audio_order=random", "frame-major, coarse-first, delay"),
     ],
 )
 def test_bad_sizes_are_named(setting: str, said: str) -> None:

@@ -19,6 +19,7 @@ from text_samples import HARD as HARD_PARTS
 from text_samples import documents
 
 from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.members import text_of
 from ringweave.tokenizers.set import TokenizerSet
 from ringweave.tokenizers.text import (
     SCORE_STEP,
@@ -74,6 +75,11 @@ def test_every_character_comes_back(tokenizers: TokenizerSet) -> None:
 def test_lone_surrogates_are_refused(tokenizers: TokenizerSet, text: str) -> None:
     with pytest.raises(DataError, match="lone surrogate"):
         tokenizers.text_segment(text)
+    with pytest.raises(DataError, match="cannot train the text tokenizer") as caught:
+        TextCodec.fit(["plain words\n"] * 20 + [text], size=300)
+    assert "text 20 holds a lone surrogate" in caught.value.why
+    with pytest.raises(DataError, match="not UTF-8"):
+        text_of({"txt": text.encode("utf-8", "surrogatepass")}, where="x")
 
 
 def test_random_ids_decode_to_some_text(tokenizers: TokenizerSet) -> None:
