@@ -26,6 +26,7 @@ from ringweave.tokenizers.segment import Document
 from ringweave.tokenizers.set import TokenizerSet
 from ringweave.tokenizers.set_files import AUDIO_ORDERS
 from ringweave.tokenizers.symbols import MidiCodec, SymbolicCodec
+from ringweave.tokenizers.video import VideoCodec
 
 XML = b"""<score-partwise version="4.0"><part-list><score-part id="P1"><part-name/></score-part></part-list>
 <part id="P1"><measure number="1"><attributes><divisions>1</divisions><key><fifths>0</fifths></key>
@@ -297,6 +298,11 @@ def test_one_flipped_weight_is_found(tokenizers: TokenizerSet, vqmodel: Path, tm
     description.write_text("[]")
     with pytest.raises(VocabularyError, match="not a description of a codec from outside"):
         TokenizerSet.load(tmp_path)
+
+
+def test_moves_of_a_video_need_pictures_of_one_block(vqmodel: Path) -> None:
+    with pytest.raises(VocabularyError, match="image codec of one block"):
+        TokenizerSet({"image": Brought.load("image", vqmodel), "video": VideoCodec()})
 
 
 def test_what_cannot_stand_for_a_codec_is_named(vqmodel: Path, encodec: Path) -> None:
