@@ -25,7 +25,12 @@ ARROWS: dict[str, set[str]] = {
 #: Folders that must work where torch is not wanted.
 NO_TORCH = ("tokenizers", "data_pipes")
 #: Except where codecs are trained; only those modules and the command that trains may import them.
-TRAINING = ("tokenizers/learn.py", "tokenizers/learn_run.py", "tokenizers/learn_rgba.py")
+TRAINING = (
+    "tokenizers/learn.py",
+    "tokenizers/learn_run.py",
+    "tokenizers/learn_core.py",
+    "tokenizers/learn_rgba.py",
+)
 #: Modules of torch-heavy folders that config mistakes go through, and so must not wait for torch.
 LIGHT = ("pretrain/config.py", "pretrain/errors.py", "launch/cli.py", "launch/plan.py", "launch/local.py")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ringweave.tokenizers.codec import Tensors
 from ringweave.tokenizers.conv_rgba import BASIS, RgbaCore, network_shapes, premultiplied
-from ringweave.tokenizers.learn import Coded, Training, _Net, fixed_point
+from ringweave.tokenizers.learn import Coded, Training
+from ringweave.tokenizers.learn_core import Net, fixed_point
 
 #: Share of the gradient that a value out of its range still gets: none would leave it there for ever.
 LEAK = 0.05
@@ -38,8 +39,8 @@ class LearnedRgba(nn.Module):
         self.split = self.project_colour.shape[1]
         self.pixels = config["patch"] ** 2
         shapes = network_shapes(config, self.split + self.project_alpha.shape[1])
-        self.encoder = _Net(shapes["encoder."], generator)
-        self.decoder = _Net(shapes["decoder."], generator)
+        self.encoder = Net(shapes["encoder."], generator)
+        self.decoder = Net(shapes["decoder."], generator)
 
     def encode(self, colour: Tensor, alpha: Tensor) -> Tensor:
         """Premultiplied colour over the mean [n, h, w, 3*p*p] and alpha [n, h, w, p*p] -> [n, h, w, D]."""

@@ -54,10 +54,10 @@ def random_networks(start: Start, *, seed: int = 0) -> Tensors:
 @pytest.mark.parametrize("shape", [Shape(5, 7, 4, 2), Shape(6, 8, 3, 3, rows=1, columns=3)])
 def test_the_integer_network_is_the_one_torch_trains(shape: Shape) -> None:
     """In fp64 and without rounding of activations, which is all that may differ: half a step a layer."""
-    from ringweave.tokenizers.learn import _Net
+    from ringweave.tokenizers.learn_core import Net
 
     generator = torch.Generator().manual_seed(3)
-    net = _Net(shape, generator).double()
+    net = Net(shape, generator).double()
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter += (0.1 if "biases" in name else 0.3) * torch.randn(
