@@ -52,12 +52,6 @@ class TokenizerSet:
     ) -> None:
         self.codecs = {name: codecs[name] for name in dict.fromkeys([*order, *CODECS]) if name in codecs}
         if "video" in self.codecs:
-            if len(sub_ids.block_sizes(self._codec("image").codes)) > 1:
-                raise VocabularyError(
-                    "moves of a video need an image codec of one block",
-                    why=f"this one has {self.codecs['image'].codes} codes, written as two sub-ids",
-                    fix="leave the video codec out: each frame is then a picture",
-                )
             self.codecs["video"] = self.codecs["video"].on(self._codec("image"))
         given = files or {}
         self.files = {

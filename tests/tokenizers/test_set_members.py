@@ -300,9 +300,16 @@ def test_one_flipped_weight_is_found(tokenizers: TokenizerSet, vqmodel: Path, tm
         TokenizerSet.load(tmp_path)
 
 
-def test_moves_of_a_video_need_pictures_of_one_block(vqmodel: Path) -> None:
-    with pytest.raises(VocabularyError, match="image codec of one block"):
-        TokenizerSet({"image": Brought.load("image", vqmodel), "video": VideoCodec()})
+def test_moves_over_pictures_of_two_sub_ids(vqmodel: Path) -> None:
+    """A clip that stands still: the second frame is two ids, and all of it comes back."""
+    made = TokenizerSet({"image": Brought.load("image", vqmodel), "video": VideoCodec()})
+    frames = np.stack([picture(2), picture(2)])
+    segment = made.video_segment(frames, np.array([0, 0.1]))
+    assert len(segment) == len(made.image_segment(picture(2))) + 1 + 2  # the picture, `eof`, the still frame
+    (item,) = made.decode(segment.ids)
+    assert item.complete and item.value.shape == frames.shape
+    (still,) = made.decode(made.image_segment(picture(2)).ids)
+    assert (item.value[0] == still.value).all() and (item.value[1] == still.value).all()
 
 
 def test_what_cannot_stand_for_a_codec_is_named(vqmodel: Path, encodec: Path) -> None:
