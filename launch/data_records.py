@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ringweave.launch.data_sources import shards_in, source_of
 from ringweave.tokenizers.errors import DataError
 
@@ -36,7 +34,9 @@ class Records:
         from ringweave.data_pipes.store import index_of, reader_of
 
         sizes = [index_of(shard).count for shard in self.shards]
-        places = np.linspace(0, sum(sizes) - 1, min(count, sum(sizes))).round().astype(int).tolist()
+        last, many = sum(sizes) - 1, min(count, sum(sizes))
+        # No numpy: the command line must not wait for it before a config is checked.
+        places = [round(i * last / max(1, many - 1)) for i in range(many)]
         first = 0
         for shard, size in zip(self.shards, sizes):
             inside = [place - first for place in places if first <= place < first + size]

@@ -20,6 +20,7 @@ from ringweave.pretrain.batch import Batch
 from ringweave.pretrain.engine import TorchEngine, make_adamw
 from ringweave.pretrain.models.lwm import LWMShape
 from ringweave.pretrain.parallelize import build_parts
+from ringweave.tokenizers.segment import MODALITIES
 
 CLAIM = "peak memory of a ring rank is a + b·tokens/ranks within 10 %"
 SHAPE = LWMShape(vocab=4096, layers=4, width=256, heads=4, kv_heads=2, ffn=512, head_chunk=512)
@@ -48,7 +49,7 @@ def _batch(tokens: int, mesh: Mesh) -> Batch:
     order = np.flatnonzero(owner[0] == mesh.rank_on["sp"])
     ids = torch.from_numpy(order % SHAPE.vocab)[None]
     ones = np.ones((1, len(order)), np.float32)
-    counts = np.zeros(7)
+    counts = np.zeros(len(MODALITIES))
     counts[1] = tokens
     return Batch(
         ids=ids, order=torch.from_numpy(order)[None], targets=ids, documents=torch.from_numpy(documents),

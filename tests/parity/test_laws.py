@@ -16,6 +16,7 @@ from ringweave.pretrain.config import RunConfig, config_from_dict
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.synthetic import SyntheticCorpus
 from ringweave.pretrain.trainer import Trainer
+from ringweave.tokenizers.segment import MODALITIES
 
 
 @pytest.mark.slow
@@ -88,7 +89,8 @@ def test_one_document_cannot_touch_another() -> None:
 def test_scaling_all_modality_weights_changes_nothing() -> None:
     from ringweave.pretrain.objectives import coefficients
 
-    counts = np.array([0, 10.0, 3.5, 0, 0, 0, 2])
+    counts = np.zeros(len(MODALITIES))
+    counts[[1, 2, 6]] = 10.0, 3.5, 2.0
     for normalize in ("modality", "tokens"):
         one = coefficients(counts, {"text": 1.0, "image": 0.5, "score": 2.0}, normalize=normalize)
         ten = coefficients(
