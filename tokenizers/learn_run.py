@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ringweave.tokenizers import members as read
@@ -87,14 +88,22 @@ def learn_codecs(
 
 
 def _run(training: Training, state: Path, name: str, every_s: float, say: Callable[[str], Any]) -> None:
-    """All steps, with the state saved about every `every_s` seconds, at steps that all ranks agree on."""
+    """All steps, with the state saved about every `every_s` seconds, at steps that all ranks agree on.
+
+    On one thread: with several, sums are split by how many are free, and the codec would differ from run to run.
+    """
     total, saved = training.schedule.steps, time.perf_counter()
-    while training.step < total:
-        training.run(until=training.step + 20)
-        say(f"learning the {name} tokenizer: step {training.step} of {total}, loss {training.loss:.4f}")
-        if time.perf_counter() - saved > every_s:
-            training.save(state)
-            saved = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while training.step < total:
+            training.run(until=training.step + 20)
+            say(f"learning the {name} tokenizer: step {training.step} of {total}, loss {training.loss:.4f}")
+            if time.perf_counter() - saved > every_s:
+                training.save(state)
+                saved = time.perf_counter()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _start(name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, seed: int) -> Start:

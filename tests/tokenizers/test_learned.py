@@ -259,6 +259,30 @@ def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
     assert np.allclose(np.load(out), wanted, rtol=1e-4)
 
 
+def test_threads_that_are_free_change_no_weight(tmp_path: Path) -> None:
+    """Training pins itself to one thread, and gives the others back."""
+    from ringweave.tokenizers.fit import fit_tokenizers
+
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    files = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            folder = tmp_path / str(threads)
+            fit_tokenizers({"score": records(0, 8)["score"]}, folder, sizes=SMALL)
+            learn_codecs(
+                {"score": records(0, 8)["score"]}, folder, names=["score"], schedule=Schedule(steps=3, batch=2),
+                sizes=SMALL, net=NET, progress=lambda _: seen.append(torch.get_num_threads()),
+            )  # fmt: skip
+            assert torch.get_num_threads() == threads
+            files.append((folder / "score.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert files[0] == files[1]
+    assert seen == [1, 1, 2, 1]  # preparing, then learning
+
+
 def test_a_set_takes_learned_codecs_in_place_of_closed_ones(tmp_path: Path) -> None:
     from ringweave.tokenizers.fit import fit_tokenizers
 
