@@ -37,10 +37,11 @@ def grid(seed: int, *shape: int) -> np.ndarray[Any, Any]:
 
 
 def document(seed: int) -> Document:
-    """A caption, a layered picture of 2 x (2, 3), and a caption that is trained on."""
+    """A caption, a layered picture of 2 x (2, 3), a picture of (1, 2), and a caption that is trained on."""
     layers = NONE.latents_segment(grid(seed, 2, 2, 3), modality="rgba", weight=0.5)
+    picture = NONE.latents_segment(grid(seed + 50, 1, 1, 2))
     tail = Segment(np.array([301, 302], np.int32), "text", np.zeros((2, 4), np.int32))
-    return NONE.document(f"k{seed}", [words(3 + seed % 3), layers, tail])
+    return NONE.document(f"k{seed}", [words(3 + seed % 3), layers, picture, tail])
 
 
 def test_placeholders_stand_in_rows_of_their_picture() -> None:
@@ -161,7 +162,7 @@ def test_packs_hold_each_latent_at_its_slot(cut: int | None) -> None:
     found, weights = [], []
     for start, stop in spans:
         pieces = (Piece("s", 0, 1, 0, len(second)), Piece("s", 0, 0, start, stop))
-        plan = PackPlan(0, 64, pieces)
+        plan = PackPlan(0, 80, pieces)
         pack = materialise(plan, lambda piece: second if piece.sample else first)
         assert pack.latents is not None and pack.latent_weights is not None
         mine = slice(len(second), len(second) + stop - start)
@@ -173,8 +174,9 @@ def test_packs_hold_each_latent_at_its_slot(cut: int | None) -> None:
         assert (targets != LATENT).all()
         after = np.append(ids[start + 1 : stop] == LATENT, False)
         assert (targets[after] == -1).all() and (pack.weights[mine][after] == 0).all()
-    assert (np.concatenate(found) == grid(0, 2, 2, 3).reshape(-1, Z)).all()
-    assert np.concatenate(weights).tolist() == [0.5] * 12
+    wanted = [grid(0, 2, 2, 3).reshape(-1, Z), grid(50, 1, 1, 2).reshape(-1, Z)]
+    assert (np.concatenate(found) == np.concatenate(wanted)).all()
+    assert np.concatenate(weights).tolist() == [0.5] * 12 + [1.0] * 2
 
 
 def test_a_model_over_ids_refuses_packs_with_latents() -> None:

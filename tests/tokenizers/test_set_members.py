@@ -192,6 +192,13 @@ def test_orders_of_books_come_back(tokenizers: TokenizerSet, tmp_path: Path, ord
         assert (segment.ids != plain.ids).any()
         (torn,) = loaded.decode(np.delete(segment.ids, 5))
         assert not torn.complete
+        swapped = segment.ids.copy()
+        place = (
+            int(np.flatnonzero(np.diff(segment.positions[1:-1, 1]))[0]) + 1
+        )  # where one book follows another
+        swapped[[place, place + 1]] = swapped[[place + 1, place]]
+        (out_of_order,) = loaded.decode(swapped)
+        assert not out_of_order.complete
     books, frames = 3, (len(plain) - 2) // 3
     column = segment.positions[1:-1, 1].tolist()
     expected = {
@@ -276,6 +283,20 @@ def test_codecs_from_outside_are_members_of_a_set(
     # A torn picture is still read.
     (torn,) = loaded.decode(np.delete(segments[1].ids, [3, 4, 9]))
     assert torn.modality == "image" and not torn.complete
+
+
+def test_a_missing_cell_is_read_as_code_0(vqmodel: Path) -> None:
+    """Model output may end a row early: the class itself refuses -1."""
+    codec = Brought.load("image", vqmodel)
+    codes = np.array([[5, -1], [7, 9]], np.int32)
+    assert (codec.decode(codes) == codec.codec.decode(np.maximum(codes, 0))).all()
+    made = TokenizerSet({"image": codec})
+    ids = made.image_segment(picture(2)).ids
+    first = int(np.flatnonzero(ids == CONTROL["eol"])[0])
+    (item,) = made.decode(
+        np.delete(ids, [first - 2, first - 1])
+    )  # the last cell of the first row, both sub-ids
+    assert item.value.shape == (48, 48, 3) and not item.complete
 
 
 def test_one_flipped_weight_is_found(tokenizers: TokenizerSet, vqmodel: Path, tmp_path: Path) -> None:
