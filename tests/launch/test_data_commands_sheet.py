@@ -6,8 +6,8 @@ import base64
 import io
 import json
 import re
+import sys
 import tarfile
-from html.parser import HTMLParser
 from pathlib import Path
 
 import av
@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+
+sys.path.append(str(Path(__file__).parent))
+
+from html_page import Page
 
 from ringweave.launch.cli import run
 from ringweave.launch.data_sheet import envelope, shrink
@@ -71,22 +75,6 @@ def folder(tmp_path: Path) -> Path:
                 tar.addfile(info, io.BytesIO(data))
     assert run(["data", "index", str(tmp_path)]) == 0
     return tmp_path
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text outside of style."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 def page_of(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[str, Page, dict]:

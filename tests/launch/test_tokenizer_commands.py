@@ -8,7 +8,6 @@ import io
 import json
 import re
 import sys
-from html.parser import HTMLParser
 from math import log2
 from pathlib import Path
 
@@ -20,8 +19,9 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data_pipes", "tokenizers")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("data_pipes", "tokenizers", "launch")]
 
+from html_page import Page
 from token_fixtures import write_shard
 from tokenizer_samples import SMALL, records
 
@@ -170,27 +170,12 @@ def test_notes_beside_scores_are_measured_too(
 # --- show --------------------------------------------------------------------------------------------------
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text outside of style."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def bytes_of(self, tag: str, kind: str) -> list[bytes]:
-        """What the data URIs of these tags hold."""
-        start = f"data:{kind};base64,"
-        sources = [a.get("src") or "" for t, a in self.tags if t == tag]
-        assert all(source.startswith(start) for source in sources), kind
-        return [base64.b64decode(source.removeprefix(start)) for source in sources]
+def bytes_of(page: Page, tag: str, kind: str) -> list[bytes]:
+    """What the data URIs of these tags hold."""
+    start = f"data:{kind};base64,"
+    sources = [a.get("src") or "" for t, a in page.tags if t == tag]
+    assert all(source.startswith(start) for source in sources), kind
+    return [base64.b64decode(source.removeprefix(start)) for source in sources]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +216,7 @@ def test_originals_decoded_and_differences_are_those_of_the_codecs(
 ) -> None:
     parsed = page[1]
     tokenizers = TokenizerSet.load(made[0])
-    pictures = parsed.bytes_of("img", "image/png")
+    pictures = bytes_of(parsed, "img", "image/png")
     alts = [a["alt"] or "" for t, a in parsed.tags if t == "img"]
     at = alts.index("original of image-heldout-0000-1")
     shown = [np.asarray(Image.open(io.BytesIO(data))) for data in pictures[at : at + 3]]
@@ -244,7 +229,7 @@ def test_originals_decoded_and_differences_are_those_of_the_codecs(
     assert alts[at + 2].startswith("difference ×3 of") and sum("alpha diff" in alt for alt in alts) == 6
     assert sum("check" in (a.get("class") or "") for t, a in parsed.tags if t == "img") == 3 * 2 * 3
     sounds = [
-        soundfile.read(io.BytesIO(data), dtype="int16") for data in parsed.bytes_of("audio", "audio/flac")
+        soundfile.read(io.BytesIO(data), dtype="int16") for data in bytes_of(parsed, "audio", "audio/flac")
     ]
     assert len(sounds) == 9 and {rate for _, rate in sounds} == {16_000}
     first, second, third = (samples.astype(int) for samples, _ in sounds[:3])
@@ -253,7 +238,7 @@ def test_originals_decoded_and_differences_are_those_of_the_codecs(
 
 
 def test_films_play_original_decoded_and_difference_at_their_times(page: tuple[str, Page]) -> None:
-    films = page[1].bytes_of("video", "video/webm")
+    films = bytes_of(page[1], "video", "video/webm")
     assert len(films) == 3
     with av.open(io.BytesIO(films[0]), "r") as file:
         frames = list(file.decode(video=0))

@@ -10,6 +10,7 @@ A proof that does not hold, or fails half-way, writes that too and exits with co
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -17,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -69,6 +71,25 @@ def prove(name: str, claim: str, *, page: Path = PAGE) -> Iterator[Proof]:
     _write(page, name, _row(proof, seconds))
     if proof.failures:
         raise SystemExit(1)
+
+
+def arguments(description: str | None, *, tiny: str) -> argparse.ArgumentParser:
+    """The options that proofs share: --tiny (`tiny` says what is small then) and --page."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help=f"{tiny}; no row is written")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
+    return parser
+
+
+@contextmanager
+def prove_with(options: argparse.Namespace, name: str, claim: str) -> Iterator[Proof]:
+    """`prove` as the options of `arguments` ask for it: a tiny one leaves the page alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "proofs.md" if options.tiny else options.page
+        with prove(name, claim, page=page) as proof:
+            yield proof
 
 
 def _row(proof: Proof, seconds: int) -> str:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from _codec_checks import SECONDS, flips_that_pass, learned, threads_differ
-from _harness import PAGE, Proof, prove
+from _harness import Proof, arguments, prove_with
 
 from ringweave.tokenizers import members as read
 from ringweave.tokenizers.audio import resample
@@ -115,34 +114,26 @@ def prove_rate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="few clips and steps; no row is written")
+    parser = arguments(__doc__, tiny="few clips and steps")
     parser.add_argument("--data", type=Path, help="folder with audio-train-*.tar and audio-heldout-*.tar")
     parser.add_argument("--speech", type=Path, help="folder with WAV files of speech")
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
     options = parser.parse_args()
     if options.tiny:
         options.steps = 3
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "proofs.md" if options.tiny else options.page
-        claim = (
-            "chorales at 1.6 kbit/s ≥ 5 dB and at 4 kbit/s ≥ 9 dB SI-SDR held out (speech ≥ 3 and 8 dB where given); "
-            "silence stays; ids the same in any chunk, batch and thread; a flipped weight is found"
-        )
-        with prove("codec_audio", claim, page=page) as proof:
-            heard = chorales(options.data, 16 if options.tiny else None)
-            spoken = speech(options.speech)
-            proof.found(clips=len(heard[0]), held_out=len(heard[1]), steps=options.steps)
-            proof.found(
-                speech=f"{len(spoken[0])} and {len(spoken[1])} clips" if spoken[1] else "not measured"
-            )
-            for rate in MUSIC:
-                prove_rate(proof, "chorales", heard, rate, options)
-                if spoken[0] and spoken[1]:
-                    prove_rate(proof, "speech", spoken, rate, options)
+    claim = (
+        "chorales at 1.6 kbit/s ≥ 5 dB and at 4 kbit/s ≥ 9 dB SI-SDR held out (speech ≥ 3 and 8 dB where given); "
+        "silence stays; ids the same in any chunk, batch and thread; a flipped weight is found"
+    )
+    with prove_with(options, "codec_audio", claim) as proof:
+        heard = chorales(options.data, 16 if options.tiny else None)
+        spoken = speech(options.speech)
+        proof.found(clips=len(heard[0]), held_out=len(heard[1]), steps=options.steps)
+        proof.found(speech=f"{len(spoken[0])} and {len(spoken[1])} clips" if spoken[1] else "not measured")
+        for rate in MUSIC:
+            prove_rate(proof, "chorales", heard, rate, options)
+            if spoken[0] and spoken[1]:
+                prove_rate(proof, "speech", spoken, rate, options)
 
 
 if __name__ == "__main__":

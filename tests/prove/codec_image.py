@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from _codec_checks import SECONDS, flips_that_pass, ids_by_batch, learned, threads_differ
-from _harness import PAGE, Proof, prove
+from _harness import Proof, arguments, prove_with
 
 from ringweave.tokenizers.conv_codecs import ConvImageCodec
 from ringweave.tokenizers.learn_start import NetSizes, image_start
@@ -83,25 +82,19 @@ def prove_patch(proof: Proof, patch: int, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="few crops and steps; no row is written")
+    parser = arguments(__doc__, tiny="few crops and steps")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
     options = parser.parse_args()
     options.photos = TRAIN[1:4] if options.tiny else TRAIN
     if options.tiny:
         options.steps = 3
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "proofs.md" if options.tiny else options.page
-        claim = (
-            "learned pictures of 10 bits a patch: f8 ≥ its floor + 1.2 dB with ≥ 60 % of the codes used, f4 ≥ its "
-            "floor + 0.5 dB, held out; ids the same in any batch and thread; a flipped weight is found"
-        )
-        with prove("codec_image", claim, page=page) as proof:
-            for patch in BARS:
-                prove_patch(proof, patch, options)
+    claim = (
+        "learned pictures of 10 bits a patch: f8 ≥ its floor + 1.2 dB with ≥ 60 % of the codes used, f4 ≥ its "
+        "floor + 0.5 dB, held out; ids the same in any batch and thread; a flipped weight is found"
+    )
+    with prove_with(options, "codec_image", claim) as proof:
+        for patch in BARS:
+            prove_patch(proof, patch, options)
 
 
 if __name__ == "__main__":

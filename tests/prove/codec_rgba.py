@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _harness import PAGE, Proof, prove
+from _harness import Proof, arguments, prove_with
 
 from ringweave.tokenizers import members as read
 from ringweave.tokenizers.learn import Schedule, Training
@@ -169,29 +168,23 @@ def run(proof: Proof, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="few drawings and steps; no row is written")
+    parser = arguments(__doc__, tiny="few drawings and steps")
     parser.add_argument("--data", type=Path, help="folder with rgba-train-*.tar and rgba-heldout-*.tar")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument(
         "--rgb-codes", type=int, default=1024, help="codes of the picture codec compared with"
     )
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
     options = parser.parse_args()
     options.net = NetSizes(16, 1, 1) if options.tiny else NetSizes()
     if options.tiny:
         options.steps, options.rgb_codes = 12, 64
     options.schedule = Schedule(steps=options.steps, batch=4 if options.tiny else 24)
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "proofs.md" if options.tiny else options.page
-        claim = (
-            "the learned RGBA codec is within 1 dB of RGB on black, white and checker; alpha MAE ≤ 0.02, whole cells "
-            "exact; hidden colour changes no id; a resized sprite has no fringe"
-        )
-        with prove("codec_rgba", claim, page=page) as proof:
-            run(proof, options)
+    claim = (
+        "the learned RGBA codec is within 1 dB of RGB on black, white and checker; alpha MAE ≤ 0.02, whole cells "
+        "exact; hidden colour changes no id; a resized sprite has no fringe"
+    )
+    with prove_with(options, "codec_rgba", claim) as proof:
+        run(proof, options)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from _codec_checks import SECONDS, flips_that_pass, learned, threads_differ
-from _harness import PAGE, Proof, prove
+from _harness import Proof, arguments, prove_with
 
 from ringweave.tokenizers import members as read
 from ringweave.tokenizers.conv_codecs import ConvScoreCodec
@@ -103,24 +102,18 @@ def run(proof: Proof, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="few pages and steps; no row is written")
+    parser = arguments(__doc__, tiny="few pages and steps")
     parser.add_argument("--data", type=Path, help="folder with score-train-*.tar and score-heldout-*.tar")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
     options = parser.parse_args()
     if options.tiny:
         options.steps = 3
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "proofs.md" if options.tiny else options.page
-        claim = (
-            "score pages at 16x16 patches and 4 books: ink-F1 ≥ 0.92 held out; ids the same in any batch and on any "
-            "number of threads; a flipped weight is found"
-        )
-        with prove("codec_score", claim, page=page) as proof:
-            run(proof, options)
+    claim = (
+        "score pages at 16x16 patches and 4 books: ink-F1 ≥ 0.92 held out; ids the same in any batch and on any "
+        "number of threads; a flipped weight is found"
+    )
+    with prove_with(options, "codec_score", claim) as proof:
+        run(proof, options)
 
 
 if __name__ == "__main__":

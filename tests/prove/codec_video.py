@@ -9,7 +9,6 @@ clicks in the sound. `--tiny` takes few of each and writes no row.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import tracemalloc
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from _harness import PAGE, Proof, prove
+from _harness import Proof, arguments, prove_with
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -207,24 +206,20 @@ def flashes(picture: U8, tokenizers: TokenizerSet, proof: Proof, *, count: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="few clips; no row is written")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
+    parser = arguments(__doc__, tiny="few clips")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "proofs.md" if options.tiny else options.page
-        claim = "video: no frame worse than frame-wise, ≤ half the ids on still and panning clips, any T, true times"
-        with prove("codec_video", claim, page=page) as proof:
-            tokenizers = fitted(Path(folder) / "set", tiny=options.tiny)
-            kinds = {
-                kind: compare(kind, tokenizers, proof, tiny=options.tiny)
-                for kind in ("still", "noisy", "panning", "real")
-            }
-            every_length(kinds, tokenizers, proof)
-            memory(kinds["panning"], tokenizers, proof, frames=200 if options.tiny else 2000)
-            flashes(kinds["still"][0], tokenizers, proof, count=4 if options.tiny else 25)
+    claim = (
+        "video: no frame worse than frame-wise, ≤ half the ids on still and panning clips, any T, true times"
+    )
+    with prove_with(options, "codec_video", claim) as proof, tempfile.TemporaryDirectory() as folder:
+        tokenizers = fitted(Path(folder) / "set", tiny=options.tiny)
+        kinds = {
+            kind: compare(kind, tokenizers, proof, tiny=options.tiny)
+            for kind in ("still", "noisy", "panning", "real")
+        }
+        every_length(kinds, tokenizers, proof)
+        memory(kinds["panning"], tokenizers, proof, frames=200 if options.tiny else 2000)
+        flashes(kinds["still"][0], tokenizers, proof, count=4 if options.tiny else 25)
 
 
 if __name__ == "__main__":

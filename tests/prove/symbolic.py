@@ -9,17 +9,15 @@ files and writes no row.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _harness import PAGE, Proof, prove
+from _harness import Proof, arguments, prove_with
 from _notes import agree, notes
 
 from ringweave.tokenizers import lmx, midi_events
@@ -123,11 +121,7 @@ def midi_round_trips(written: list[str], proof: Proof, verovio: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="a few files of each kind; no row is written")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page the row goes to")
+    parser = arguments(__doc__, tiny="a few files of each kind")
     options = parser.parse_args()
     import verovio
     from music21 import corpus
@@ -139,17 +133,17 @@ def main() -> None:
     others = [path for path in scores(root) if path not in set(chorales)][::4]
     if options.tiny:
         chorales, others = chorales[::60], others[::15]
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "proofs.md" if options.tiny else options.page
-        claim = "MusicXML → LMX → MusicXML is note-exact (≥ 99 %); MIDI → events → MIDI within 10 ms and half a bin"
-        with prove("symbolic", claim, page=page) as proof:
-            written = round_trips(chorales, "chorales", proof, toolkit)
-            midi_round_trips(written, proof, toolkit)
-            round_trips(others, "others", proof, toolkit)
-            for name, least in (("chorales", CHORALES), ("others", OTHERS)):
-                percent = proof.figures[f"{name}_percent"]
-                proof.holds(percent >= least, f"{name}: {percent} % of the notes, {least} wanted")
-            proof.holds(proof.figures["chorales_refused"] == 0, "a chorale is refused")
+    claim = (
+        "MusicXML → LMX → MusicXML is note-exact (≥ 99 %); MIDI → events → MIDI within 10 ms and half a bin"
+    )
+    with prove_with(options, "symbolic", claim) as proof:
+        written = round_trips(chorales, "chorales", proof, toolkit)
+        midi_round_trips(written, proof, toolkit)
+        round_trips(others, "others", proof, toolkit)
+        for name, least in (("chorales", CHORALES), ("others", OTHERS)):
+            percent = proof.figures[f"{name}_percent"]
+            proof.holds(percent >= least, f"{name}: {percent} % of the notes, {least} wanted")
+        proof.holds(proof.figures["chorales_refused"] == 0, "a chorale is refused")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from ringweave.tokenizers.fit import fit_tokenizers
 from ringweave.tokenizers.set import TokenizerSet
+from ringweave.tokenizers.video import VideoCodec
 
 # Test modules are imported one by one (import mode "importlib"), so shared helpers need a path of their own.
 sys.path.append(str(Path(__file__).parent))
@@ -36,3 +37,16 @@ def folder(
 def tokenizers(folder: Path) -> TokenizerSet:
     """The fitted set, loaded."""
     return TokenizerSet.load(folder)
+
+
+@pytest.fixture(scope="session")
+def moving(tokenizers: TokenizerSet) -> TokenizerSet:
+    """The fitted set, and a video codec."""
+    return tokenizers.extended({"video": VideoCodec()})
+
+
+@pytest.fixture(scope="session")
+def video_codec(moving: TokenizerSet) -> VideoCodec:
+    found = moving.codecs["video"]
+    assert isinstance(found, VideoCodec)
+    return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -14,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizer_samples import SMALL, picture, records
+from two_ranks import losses_of, losses_of_two_ranks
 
 from ringweave.tokenizers.codec import Tensors
 from ringweave.tokenizers.conv_net import WEIGHT
@@ -316,35 +314,13 @@ def test_training_lowers_the_held_out_error_over_every_ground() -> None:
         assert error(after) < 0.9 * error(before)
 
 
-def _rank(rank: int, port: int, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    losses: list[float] = []
-    training = RgbaTraining(start().config, start().tensors, start().crops, SHORT)
-    training.run(progress=lambda _step, loss: losses.append(loss))
-    if rank == 0:
-        np.save(out, np.array(losses))
-    dist.destroy_process_group()
+def _training() -> RgbaTraining:
+    return RgbaTraining(start().config, start().tensors, start().crops, SHORT)
 
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
-    wanted: list[float] = []
-    training = RgbaTraining(start().config, start().tensors, start().crops, SHORT)
-    training.run(progress=lambda _step, loss: wanted.append(loss))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = str(tmp_path / "losses.npy")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, port, out)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for number, rank in enumerate(ranks):
-        rank.join(120)
-        assert rank.exitcode == 0, f"rank {number} ended with {rank.exitcode}"
-    assert np.allclose(np.load(out), wanted, rtol=1e-4)
+    assert np.allclose(losses_of_two_ranks(_training, tmp_path), losses_of(_training()), rtol=1e-4)
 
 
 def test_a_set_takes_it_in_the_place_of_the_closed_form(folder: Path, tmp_path: Path) -> None:

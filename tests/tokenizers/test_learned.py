@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib  # noqa: F401 -- of the program below
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from tokenizer_samples import SMALL, page, picture, records, tone
+from two_ranks import losses_of, losses_of_two_ranks
 
 from ringweave.tokenizers.audio import mdct_basis
 from ringweave.tokenizers.codec import Tensors
@@ -226,37 +224,14 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
         training.restore(path)
 
 
-def _rank(rank: int, port: int, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _training() -> Training:
     start = start_of("audio")
-    training = Training(start.config, start.tensors, start.crops, SHORT)
-    losses: list[float] = []
-    training.run(progress=lambda _step, loss: losses.append(loss))
-    if rank == 0:
-        np.save(out, np.array(losses))
-    dist.destroy_process_group()
+    return Training(start.config, start.tensors, start.crops, SHORT)
 
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
-    start = start_of("audio")
-    training = Training(start.config, start.tensors, start.crops, SHORT)
-    wanted: list[float] = []
-    training.run(progress=lambda _step, loss: wanted.append(loss))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = str(tmp_path / "losses.npy")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, port, out)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for number, rank in enumerate(ranks):
-        rank.join(120)
-        assert rank.exitcode == 0, f"rank {number} ended with {rank.exitcode}"
-    assert np.allclose(np.load(out), wanted, rtol=1e-4)
+    assert np.allclose(losses_of_two_ranks(_training, tmp_path), losses_of(_training()), rtol=1e-4)
 
 
 def test_threads_that_are_free_change_no_weight(tmp_path: Path) -> None:

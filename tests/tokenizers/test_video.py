@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizer_samples import SMALL, clip, flac, mp4, picture, png
+from video_samples import cuts, pan, same, still
 
-from ringweave.tokenizers import video_ids
 from ringweave.tokenizers.codec import to_patches
 from ringweave.tokenizers.conv_codecs import ConvImageCodec
 from ringweave.tokenizers.errors import DataError, VocabularyError
@@ -42,43 +42,7 @@ U8 = NDArray[np.uint8]
 SHORT = settings(max_examples=60, deadline=None)
 
 
-@pytest.fixture(scope="module")
-def moving(tokenizers: TokenizerSet) -> TokenizerSet:
-    """The fitted set, and a video codec."""
-    return tokenizers.extended({"video": VideoCodec()})
-
-
-@pytest.fixture(scope="module")
-def codec(moving: TokenizerSet) -> VideoCodec:
-    found = moving.codecs["video"]
-    assert isinstance(found, VideoCodec)
-    return found
-
-
-def still(frames: int, size: int = 40) -> U8:
-    return np.repeat(picture(7, size=size)[None], frames, 0)
-
-
-def pan(frames: int, size: int = 40, step: tuple[int, int] = (1, 2)) -> U8:
-    """A window that slides over a larger picture."""
-    large = picture(8, size=size + frames * max(step))
-    return np.stack([large[k * step[0] :, k * step[1] :][:size, :size] for k in range(frames)])
-
-
-def cuts(frames: int, size: int = 40) -> U8:
-    """Another picture every third frame, noise on all."""
-    rng = np.random.default_rng(0)
-    shown = np.stack([picture(k // 3, size=size) for k in range(frames)])
-    return np.clip(shown + rng.normal(0, 3, shown.shape), 0, 255).astype(np.uint8)
-
-
 CLIPS = {"still": still, "pan": pan, "cuts": cuts}
-
-
-def same(one: list[VideoFrame], two: list[VideoFrame]) -> bool:
-    return len(one) == len(two) and all(
-        a.move == b.move and np.array_equal(a.codes, b.codes) for a, b in zip(one, two)
-    )
 
 
 def squared(frame: U8, guess: U8) -> int:
@@ -147,20 +111,22 @@ def test_runs_reach_over_rows_and_end_with_all_that_are_left() -> None:
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_frames_in_pieces_equal_the_whole_and_look_at_no_later_frame(codec: VideoCodec, name: str) -> None:
+def test_frames_in_pieces_equal_the_whole_and_look_at_no_later_frame(
+    video_codec: VideoCodec, name: str
+) -> None:
     frames = CLIPS[name](9)
-    whole = codec.encode(frames)
+    whole = video_codec.encode(frames)
     for size in (1, 2, 5):
-        stream = codec.stream()
+        stream = video_codec.stream()
         parts = [stream.push(frames[k : k + size]) for k in range(0, 9, size)]
         assert same(list(itertools.chain(*parts)), whole)
         assert stream.push(frames[:0]) == []
-    assert same(codec.encode(frames[:4]), whole[:4])
+    assert same(video_codec.encode(frames[:4]), whole[:4])
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_the_encoder_has_the_pictures_of_the_decoder(codec: VideoCodec, name: str) -> None:
-    stream, decoder = codec.stream(), VideoDecoder(codec)
+def test_the_encoder_has_the_pictures_of_the_decoder(video_codec: VideoCodec, name: str) -> None:
+    stream, decoder = video_codec.stream(), VideoDecoder(video_codec)
     for frame in CLIPS[name](6, 36):
         (found,) = stream.push(frame[None])
         assert stream._before is not None
@@ -168,13 +134,13 @@ def test_the_encoder_has_the_pictures_of_the_decoder(codec: VideoCodec, name: st
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_no_frame_is_worse_than_alone(codec: VideoCodec, name: str) -> None:
+def test_no_frame_is_worse_than_alone(video_codec: VideoCodec, name: str) -> None:
     frames = CLIPS[name](10, 44)  # a size of no whole patches
-    coded = codec.encode(frames)
-    alone = codec.image.decode(codec.image.encode(frames))
-    for frame, ours, theirs in zip(frames, codec.decode(coded), alone):
+    coded = video_codec.encode(frames)
+    alone = video_codec.image.decode(video_codec.image.encode(frames))
+    for frame, ours, theirs in zip(frames, video_codec.decode(coded), alone):
         assert squared(frame, ours) <= squared(frame, theirs)
-    assert all(codec.ids(f) <= codec.ids(VideoFrame(np.zeros_like(f.codes))) for f in coded)
+    assert all(video_codec.ids(f) <= video_codec.ids(VideoFrame(np.zeros_like(f.codes))) for f in coded)
 
 
 class Bleeding:
@@ -232,11 +198,11 @@ def test_a_panning_clip_takes_half_the_ids_or_less(moving: TokenizerSet, step: t
     assert (np.abs(moves + step).max(1) <= 1).mean() >= 0.8
 
 
-def test_whole_pictures_come_when_asked_and_at_a_cut(codec: VideoCodec) -> None:
-    often = VideoCodec(codec.image, {"key_every": 4})
+def test_whole_pictures_come_when_asked_and_at_a_cut(video_codec: VideoCodec) -> None:
+    often = VideoCodec(video_codec.image, {"key_every": 4})
     assert [k for k, f in enumerate(often.encode(still(10))) if f.move is None] == [0, 4, 8]
     joined = np.concatenate([np.zeros_like(still(3)), np.maximum(still(3), 128)])
-    assert [k for k, f in enumerate(codec.encode(joined)) if f.move is None] == [0, 3]
+    assert [k for k, f in enumerate(video_codec.encode(joined)) if f.move is None] == [0, 3]
 
 
 def test_a_learned_image_codec_will_do(moving: TokenizerSet) -> None:
@@ -264,33 +230,33 @@ def test_a_learned_image_codec_will_do(moving: TokenizerSet) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 90), (70, 3), (8, 16)])
-def test_frames_of_any_shape(codec: VideoCodec, shape: tuple[int, int]) -> None:
+def test_frames_of_any_shape(video_codec: VideoCodec, shape: tuple[int, int]) -> None:
     frames = cuts(5, 96)[:, : shape[0], : shape[1]]
-    coded = codec.encode(frames)
-    assert codec.decode(coded).shape == (5, -(-shape[0] // 8) * 8, -(-shape[1] // 8) * 8, 3)
+    coded = video_codec.encode(frames)
+    assert video_codec.decode(coded).shape == (5, -(-shape[0] // 8) * 8, -(-shape[1] // 8) * 8, 3)
     for frame, ours, theirs in zip(
-        frames, codec.decode(coded), codec.image.decode(codec.image.encode(frames))
+        frames, video_codec.decode(coded), video_codec.image.decode(video_codec.image.encode(frames))
     ):
         assert squared(frame, ours) <= squared(frame, theirs)
 
 
-def test_frames_that_do_not_fit_are_named(codec: VideoCodec) -> None:
-    stream = codec.stream()
+def test_frames_that_do_not_fit_are_named(video_codec: VideoCodec) -> None:
+    stream = video_codec.stream()
     stream.push(still(1))
     with pytest.raises(DataError, match="a frame of"):
         stream.push(still(1, 48))
     for wrong in (still(1)[0], still(1).astype(np.int32), still(1)[..., :2], still(1)[:, :0]):
         with pytest.raises(DataError, match="must be uint8"):
-            codec.encode(wrong)
-    assert codec.encode(still(0)) == []
-    assert codec.decode([]).shape == (0, 0, 0, 3)
+            video_codec.encode(wrong)
+    assert video_codec.encode(still(0)) == []
+    assert video_codec.decode([]).shape == (0, 0, 0, 3)
 
 
-def test_a_stream_keeps_no_frames(codec: VideoCodec) -> None:
+def test_a_stream_keeps_no_frames(video_codec: VideoCodec) -> None:
     frames = pan(24, 64)
 
     def peak(count: int) -> int:
-        stream = codec.stream()
+        stream = video_codec.stream()
         tracemalloc.start()
         for number in range(count):
             stream.push(frames[number % 24][None].copy())
@@ -417,145 +383,3 @@ def test_fitting_makes_one_where_asked(tmp_path: Path) -> None:
     assert list(TokenizerSet.load(tmp_path / "b").codecs) == ["audio"]
     fit_tokenizers({"image": samples["image"]}, tmp_path / "c", sizes=replace(sizes, video=False))
     assert list(TokenizerSet.load(tmp_path / "c").codecs) == ["image"]
-
-
-# ---- ids of any kind ----
-
-
-class Codes:
-    """What writing and reading ask of an image codec: how many codes, and the size of a patch."""
-
-    patch = 8
-
-    def __init__(self, codes: int) -> None:
-        self.codes = codes
-
-
-@st.composite
-def some_frames(draw: st.DrawFn) -> tuple[VideoCodec, list[VideoFrame]]:
-    codec = VideoCodec(Codes(draw(st.sampled_from([50, 100_000]))), {"reach": 3, "runs": 4})
-    height, width = draw(st.tuples(st.integers(1, 4), st.integers(1, 5)))
-    frames = []
-    for number in range(draw(st.integers(1, 4))):
-        seed = draw(st.integers(0, 1000))
-        rng = np.random.default_rng(seed)
-        codes = rng.integers(0, codec.image.codes, (height, width)).astype(np.int32)
-        if number and seed % 3:
-            codes[rng.random((height, width)) < rng.choice([0.2, 0.7, 1.0])] = -1
-            frames.append(VideoFrame(codes, (int(rng.integers(-3, 4)), int(rng.integers(-3, 4)))))
-        else:
-            frames.append(VideoFrame(codes))
-    return codec, frames
-
-
-EOL, STARTS = 3, {1: np.array([10, 1000, 2000]), 2: np.array([10, 20_000, 60_000, 70_000])}
-
-
-def kinds_of(
-    ids: NDArray[np.int32], starts: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Kinds and codes of ids, as the parser finds them by its tables."""
-    place = np.searchsorted(starts, ids, side="right") - 1
-    names = np.array([*range(len(starts) - 2), video_ids.MOVE, video_ids.RUN], np.int32)
-    kinds = np.where(ids == EOL, video_ids.LINE, names[np.maximum(place, 0)])
-    return kinds.astype(np.int32), (ids - starts[np.maximum(place, 0)]).astype(np.int32)
-
-
-@SHORT
-@given(some_frames())
-def test_frames_written_are_read(made: tuple[VideoCodec, list[VideoFrame]]) -> None:
-    codec, frames = made
-    starts = STARTS[codec.columns]
-    parts = video_ids.write_frames(codec, frames, list(range(len(frames))), starts=starts, eol=EOL, blank=7)
-    pairs = []
-    for part, frame in zip(parts, frames):
-        assert len(part[0]) == len(part[1]) == codec.ids(frame)
-        pairs += [kinds_of(part[0], starts), (np.array([video_ids.NEXT]), np.array([0]))]
-    kinds, codes = (np.concatenate(arrays) for arrays in zip(*pairs[:-1]))
-    found, whole = video_ids.read_frames(codec, kinds, codes)
-    assert whole
-    assert same(found, frames)
-
-
-@SHORT
-@given(
-    st.lists(st.tuples(st.integers(-4, 1), st.integers(-1, 60)), max_size=60), st.sampled_from([50, 100_000])
-)
-def test_reading_never_raises(ids: list[tuple[int, int]], codes: int) -> None:
-    codec = VideoCodec(Codes(codes), {"reach": 3, "runs": 60})
-    kept = np.array([(k % codec.columns if k > 0 else k, max(0, c) % 49) for k, c in ids], np.int32).reshape(
-        -1, 2
-    )
-    frames, _ = video_ids.read_frames(codec, kept[:, 0], kept[:, 1])
-    assert frames
-    assert len({frame.codes.shape for frame in frames}) == 1
-    for frame in frames:
-        assert frame.codes.max() < codes
-        assert frame.move is None or max(np.abs(frame.move)) <= 3
-
-
-def test_any_ids_of_the_set_decode(moving: TokenizerSet) -> None:
-    pool = [CONTROL[name] for name in ("bov", "eov", "boi", "eoi", "eol", "eof", "layer")]
-    for name in ("image", "video.move", "video.run", "text"):
-        block = moving.manifest.block(name)
-        pool += [block.start, block.start + 3, block.stop - 1]
-
-    @settings(max_examples=150, deadline=None)
-    @given(st.lists(st.sampled_from(pool), max_size=50))
-    def check(ids: list[int]) -> None:
-        items = moving.decode(np.array(ids, np.int32))
-        assert all(0 <= item.start < item.end <= len(ids) for item in items)
-        for item in items:
-            if item.modality == "video":
-                assert item.value.dtype == np.uint8
-                assert item.value.ndim == 4
-
-    check()
-
-
-def test_damage_is_seen_and_bridged(moving: TokenizerSet) -> None:
-    frames = pan(6)
-    segment = moving.video_segment(frames, np.arange(6) / 6)
-    whole = moving.decode(segment.ids)[0].value
-    runs_from = moving.manifest.block("video.run").start
-    frame = np.cumsum(segment.ids == CONTROL["eof"])
-    # A frame that ends in "all that are left" makes up for a cell or a run that is lost before it.
-    open_ends = [bool((segment.ids[frame == k] == runs_from).any()) for k in range(6)]
-    begins = np.append(False, segment.ids[:-1] == CONTROL["eof"])
-    for place, number in enumerate(segment.ids.tolist()):
-        if number in (CONTROL["eof"], CONTROL["bov"], CONTROL["eov"]):
-            continue
-        (item,) = moving.decode(np.delete(segment.ids, place))
-        assert len(item.value) == 6
-        assert not item.complete or (open_ends[frame[place]] and not begins[place] and number != runs_from)
-        if number != CONTROL["eol"]:  # without one, the only whole picture has a row less
-            assert item.value.shape == whole.shape
-            assert psnr(item.value, whole) > 12
-
-
-def test_a_lost_cell_of_a_later_whole_picture_is_the_one_before(codec: VideoCodec) -> None:
-    first, second = codec.image.encode(still(1)[0]), codec.image.encode(picture(9, size=40))
-    lost = second.copy()
-    lost[1, 2] = -1
-    shown = codec.decode([VideoFrame(first), VideoFrame(lost)])
-    assert np.array_equal(shown[1][8:16, 16:24], shown[0][8:16, 16:24])
-    assert np.array_equal(shown[1][32:, 32:], codec.image.decode(second)[32:, 32:])
-
-
-def test_a_frame_that_moves_nothing_begins_with_the_missing_picture(codec: VideoCodec) -> None:
-    nothing = np.full((2, 3), -1, np.int32)
-    (shown,) = codec.decode([VideoFrame(nothing, (0, 0))])
-    assert np.array_equal(shown, codec.image.decode(nothing))
-
-
-def test_few_ids_cannot_become_a_huge_clip(moving: TokenizerSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_ids, "PIXELS", 64 * 25 * 40)  # 40 frames of 5 x 5 cells
-    short = moving.video_segment(still(8), np.arange(8.0))
-    assert moving.decode(short.ids)[0].complete
-    middle = moving.manifest.block("video.move").start + 15 * 31 + 15
-    more = np.array([CONTROL["eof"], middle, moving.manifest.block("video.run").start] * 500, np.int32)
-    (item,) = moving.decode(np.concatenate([short.ids[:-1], more, short.ids[-1:]]))
-    assert not item.complete
-    assert len(item.value) * 25 <= 4 * (len(short) + len(more))
-    with pytest.raises(DataError, match="can be read back"):
-        moving.video_segment(still(100), np.arange(100.0))
