@@ -53,3 +53,13 @@ def test_a_broken_claim_and_a_crash_are_written_and_end_with_code_1(
     assert crashed[2] == "no"
     assert "stopped by ValueError: no data" in crashed[3]
     assert '"holds": false' in capsys.readouterr().out
+
+
+def test_a_tiny_proof_leaves_the_page_alone(harness: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "proofs.md"
+    for words, written in ((["--tiny"], False), ([], True)):
+        options = harness.arguments("a proof", tiny="few files").parse_args([*words, "--page", str(page)])
+        with harness.prove_with(options, "one", "a claim") as proof:
+            proof.found(tiny=int(options.tiny))
+        assert page.exists() == written
+    assert [row[3] for row in rows(page)] == ["tiny 0"]
