@@ -246,7 +246,9 @@ class Watchdog:
         except ValueError:
             first = alarm
         if self._alarm is None:
-            self._alarm, self._mine = first, first == alarm
+            self._alarm = first
+        # The thread of a board may have heard this very alarm meanwhile: it is this rank's all the same.
+        self._mine = self._alarm == alarm
         return self._alarm, self._mine
 
     # --- the watching thread ---------------------------------------------------------------------------
