@@ -84,6 +84,33 @@ class PackPlan:
         return plan
 
 
+@dataclass(frozen=True, slots=True)
+class GridSpan:
+    """A whole grid of latents in a pack: frames·height·width slots from `at` on.
+
+    doc: number of its piece; layer: as the document counts them; condition: seen, not trained on; modality: number.
+    """
+
+    at: int
+    frames: int
+    height: int
+    width: int
+    doc: int
+    layer: int
+    condition: bool
+    modality: int
+
+    @property
+    def cells(self) -> int:
+        """Number of slots."""
+        return self.frames * self.height * self.width
+
+    @property
+    def slots(self) -> slice:
+        """Where it stands."""
+        return slice(self.at, self.at + self.cells)
+
+
 @dataclass(slots=True)
 class Pack:
     """The arrays of one plan, L = plan.context slots. Nobody downstream derives a label or a boundary again.
@@ -100,6 +127,7 @@ class Pack:
                      each other both ways)
     latents:         float32 [L, Z], the latent in a slot whose id is its placeholder, 0 elsewhere; None without any
     latent_weights:  float32 [L], loss weight of that latent (not shifted: a latent is its own target), else 0
+    grids:           grids of latents without delimiters that lie in it whole, in order of slots
     """
 
     plan: PackPlan
@@ -114,6 +142,7 @@ class Pack:
     prefix: NDArray[np.int32]
     latents: NDArray[np.float32] | None = None
     latent_weights: NDArray[np.float32] | None = None
+    grids: tuple[GridSpan, ...] = ()
 
 
 def packs_for_rank(first: int, count: int, dp_rank: int, dp: int) -> range:

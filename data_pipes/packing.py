@@ -7,7 +7,8 @@ from itertools import takewhile
 
 import numpy as np
 
-from ringweave.data_pipes.pack import Pack, PackPlan, Piece
+from ringweave.data_pipes.pack import GridSpan, Pack, PackPlan, Piece
+from ringweave.tokenizers.bare import shape_of
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.segment import LATENT, MODALITY_ID, Document, Segment
 
@@ -59,6 +60,7 @@ def _write(pack: Pack, at: int, number: int, piece: Piece, document: Document) -
         _write_inputs(pack, at - piece.start, begin, segment, piece.start, piece.end)
         if segment.latents is not None:
             _write_latents(pack, at - piece.start, begin, segment, piece)
+            _write_grid(pack, at - piece.start, begin, segment, piece, number)
         # A token t of the document is the target of slot t - 1: the window moves on by one.
         _write_targets(pack, at - piece.start - 1, begin, segment, piece.start + 1, piece.end + 1)
         begin = end
@@ -114,3 +116,15 @@ def _write_latents(pack: Pack, shift: int, begin: int, segment: Segment, piece: 
     slots = places[inside] + shift
     pack.latents[slots] = segment.latents[inside]
     pack.latent_weights[slots] = segment.weight if segment.role == "target" else 0.0
+
+
+def _write_grid(pack: Pack, shift: int, begin: int, segment: Segment, piece: Piece, number: int) -> None:
+    """Notes a grid that lies whole in the piece."""
+    shape = shape_of(segment)
+    if shape is None or begin < piece.start or begin + len(segment) > piece.end:
+        return
+    span = GridSpan(
+        begin + shift, *shape, doc=number, layer=int(segment.positions[0, 3]),
+        condition=segment.role == "condition", modality=MODALITY_ID[segment.modality],
+    )  # fmt: skip
+    pack.grids = (*pack.grids, span)

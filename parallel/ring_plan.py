@@ -97,12 +97,12 @@ def cut_pieces(
     edges = np.arange(0, size, context) if context else np.zeros(0, np.int64)
     begins = np.union1d(np.flatnonzero(flat[1:] != flat[:-1]) + 1, edges)
     _check_runs(flat, begins, context)
-    ends = np.append(begins[1:], size)
+    ends = np.append(begins[1:], size)[: len(begins)]  # packs may have no slot at all
     lead = np.minimum(prefix.ravel()[begins], ends - begins)
     turns = (begins + lead)[(lead > 0) & (lead < ends - begins)]
     cuts = np.concatenate([begins, np.flatnonzero(whose[1:] != whose[:-1]) + 1, turns])
     start = np.unique(cuts)
-    stop = np.append(start[1:], size)
+    stop = np.append(start[1:], size)[: len(start)]
     doc = np.searchsorted(begins, start, side="right") - 1
     held = whose[start].astype(np.int64)
     local, lengths = _places(held, stop - start, ring)

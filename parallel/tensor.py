@@ -104,6 +104,11 @@ class TensorGroup:
         out: Tensor = torch.ops.ringweave.sum_over_ranks(x, self.size, self.name, self.exchange)
         return out
 
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """[n, D] -> [n, size·D], rank after rank, for what computes the same on every rank."""
+        out: Tensor = _GatherColumns.apply(x, self)
+        return out
+
     def rows(self, tokens: int) -> int:
         """Slots of a token shard of so many tokens."""
         return -(-tokens // self.size)
@@ -176,33 +181,53 @@ class _Scatter(torch.autograd.Function):
         return whole[: ctx.shape[:-1].numel()].view(ctx.shape), None
 
 
+class _GatherColumns(torch.autograd.Function):
+    """Columns [n, D] of each rank -> all of them on every rank; the gradient that comes back is the whole on each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tp: TensorGroup) -> Tensor:  # type: ignore[override]
+        ctx.tp, ctx.width = tp, x.shape[1]
+        return tp.gather(x.t().contiguous()).t()
+
+    @staticmethod
+    def backward(ctx, dx: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return dx[:, ctx.tp.rank * ctx.width : (ctx.tp.rank + 1) * ctx.width], None
+
+
 def local(weight: Tensor) -> Tensor:
     """This rank's part of a parameter (its gradient is placed as the parameter is)."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class ColumnLinear(nn.Module):
-    """A linear without bias whose rows of `weight` (outputs) are split: `[..., in]` -> this rank's `[..., out/tp]`."""
+    """A linear whose rows of `weight` (outputs), and bias if it has one, are split: `[..., in]` -> this rank's
+    `[..., out/tp]`."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: all tokens."""
-        return functional.linear(x, local(self.weight))
+        return functional.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
 
 
 class RowLinear(nn.Module):
-    """A linear without bias whose columns of `weight` (inputs) are split; `leave` adds up the ranks' shares."""
+    """A linear whose columns of `weight` (inputs) are split; `leave` adds up the ranks' shares, then comes the bias,
+    which every rank has whole."""
 
-    def __init__(self, weight: nn.Parameter, leave: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, weight: nn.Parameter, leave: Callable[[Tensor], Tensor], bias: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
         self.weight, self.leave = weight, leave
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in/tp]: all tokens -> what `leave` makes of `[..., out]`."""
-        return self.leave(functional.linear(x, local(self.weight)))
+        out = self.leave(functional.linear(x, local(self.weight)))
+        return out if self.bias is None else out + self.bias
 
 
 class VocabEmbedding(nn.Module):

@@ -42,7 +42,12 @@ class Ulysses:
         flat = _swap(torch.cat(mine, dim=1).reshape(-1), send, receive, self.group)
         pieces = [x.split([t * w for w in widths]) for t, x in zip(tokens, flat.split(receive), strict=True)]
         return [
-            torch.cat([p[i].view(t, -1, x.shape[2]) for t, p in zip(tokens, pieces, strict=True)])
+            torch.cat(
+                [
+                    p[i].view(t, x.shape[1] // self.size, x.shape[2])
+                    for t, p in zip(tokens, pieces, strict=True)
+                ]
+            )
             for i, x in enumerate(parts)
         ]
 

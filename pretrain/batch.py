@@ -38,6 +38,11 @@ class Batch:
     real_tokens: int
     slots: int
 
+    @property
+    def segments(self) -> int:
+        """Noise levels of a pack: none here."""
+        return 0
+
     def inputs(self, part: slice = slice(None)) -> dict[str, Tensor]:
         """What the model needs beside ids, of these packs; every tensor has the packs as its first dim."""
         names = ("order", "documents", "owner", "prefix", "targets")

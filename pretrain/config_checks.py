@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ringweave.data_pipes.plan_items import ITEMS, parse_entry
+from ringweave.data_pipes.plan_items import ITEMS, entries, of_latents, parse_entry
 
 if TYPE_CHECKING:
     from ringweave.pretrain.config_schema import Layout, ModelSection, RunConfig, Stage
 
 #: What a plan may name, in the order of docs/config.md. A trailing "?" makes the item a condition: seen, without loss.
-PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video")
+PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video", "latents")
 
 #: The plan of each source of the demo data, for commands that are given no config.
 DEFAULT_PLANS: dict[str, tuple[str, ...]] = {
@@ -50,10 +50,21 @@ def check_plan_item(item: str) -> None:
         ) from None
 
 
+def check_plan(plan: Sequence[str]) -> None:
+    """ValueError for a bad item, and for items that cannot stand together in one plan."""
+    for item in plan:
+        check_plan_item(item)
+    try:
+        of_latents(entries(plan))
+    except ValueError as error:
+        raise ValueError(f"expected another plan: {error}") from None
+
+
 def cross_problems(config: RunConfig, *, world: int | None = None) -> list[Finding]:
     """Everything that is impossible about `config`; `world` is the number of processes, when known."""
     return [
         *_model_problems(config.model),
+        *_kind_problems(config),
         *_data_problems(config),
         *_world_problems(config, world),
         *_engine_problems(config),
@@ -88,6 +99,86 @@ def _model_problems(model: ModelSection) -> Iterator[Finding]:
             f"heads {heads} is not divisible by kv_heads {kv_heads}",
             "each key-value head serves the same number of heads",
         )
+
+
+#: Keys of `model` and their values at rest, by the only kind they say something to.
+_OF_LWM = {"attention": "causal", "window": None, "full_every": 1}
+_OF_DIT = {"preset": "bil", "sign": 1, "streams": "double", "axes": None}
+
+
+def _kind_problems(config: RunConfig) -> Iterator[Finding]:
+    """Keys that the chosen backbone does not have, and what a dit cannot do."""
+    model = config.model
+    for key, rest in (_OF_LWM if model.kind == "dit" else _OF_DIT).items():
+        if getattr(model, key) != rest:
+            yield (
+                ("model", key),
+                f"model.{key} = {getattr(model, key)} with kind: {model.kind}",
+                f"leave it out: it belongs to kind: {'lwm' if model.kind == 'dit' else 'dit'}",
+            )
+    if model.kind == "lwm":
+        for i, stage in enumerate(config.stages):
+            if stage.words_loss:
+                yield (
+                    ("stages", i, "words_loss"),
+                    f"words_loss = {stage.words_loss} with kind: lwm",
+                    "leave it out: an lwm predicts its words anyway",
+                )
+        return
+    yield from _dit_problems(config)
+
+
+def _dit_problems(config: RunConfig) -> Iterator[Finding]:
+    model, axes = config.model, config.model.axes or ()
+    if sum(axes) != model.width // model.heads or any(axis % 2 for axis in axes):
+        yield (
+            ("model", "axes"),
+            f"axes {list(axes)} add up to {sum(axes)}, the head size width / heads is {model.width // model.heads}",
+            "even numbers of channels that add up to the head size, as 16, 56, 56 for 128",
+        )
+    if model.kv_heads != model.heads:
+        yield (
+            ("model", "kv_heads"),
+            f"kv_heads = {model.kv_heads} with heads = {model.heads}",
+            "a dit has as many key-value heads as heads: leave kv_heads out",
+        )
+    if model.ffn != 4 * model.width:
+        yield (
+            ("model", "ffn"),
+            f"ffn = {model.ffn}, 4 · width = {4 * model.width}",
+            "leave ffn out: the stock class that reads exports has 4 · width",
+        )
+    if model.words.width % model.words.heads or (model.words.width // model.words.heads) % 2:
+        yield (
+            ("model", "words", "heads"),
+            f"words.width {model.words.width} / words.heads {model.words.heads} is no even head size",
+            "choose heads that divide the width into even parts",
+        )
+    if config.engine.kind == "deepspeed":
+        yield (
+            ("engine", "kind"),
+            "engine deepspeed cannot run kind: dit",
+            "set engine.kind: torch, which shards parameters, gradients and moments as well",
+        )
+    for i, stage in enumerate(config.stages):
+        if stage.layout.tp > 1 and stage.layout.norms == "sequence":
+            yield (
+                ("stages", i, "layout", "norms"),
+                f"norms: sequence with kind: dit and tp = {stage.layout.tp}",
+                "set norms: replicated: modulation looks tokens up by document, so every rank keeps all of them",
+            )
+        if stage.layout.tp > 1 and model.words.heads % stage.layout.tp:
+            yield (
+                ("stages", i, "layout", "tp"),
+                f"model.words.heads = {model.words.heads} is not divisible by tp = {stage.layout.tp}",
+                f"choose words.heads that {stage.layout.tp} divides",
+            )
+        if stage.layout.ulysses > 1 and model.words.heads % (stage.layout.tp * stage.layout.ulysses):
+            yield (
+                ("stages", i, "layout", "ulysses"),
+                f"model.words.heads = {model.words.heads} is not divisible by tp · ulysses",
+                "the ring (ulysses: 1) needs no such rule",
+            )
 
 
 def _data_problems(config: RunConfig) -> Iterator[Finding]:

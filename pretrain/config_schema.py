@@ -38,14 +38,25 @@ class TokenizersSection(Section):
     dir: Text
 
 
-class ModelSection(Section):
-    """Shape of the transformer. The vocabulary size comes from the tokenizers.
+class WordsSection(Section):
+    """The small decoder that makes the words of a diffusion document into vectors, trained along with the model."""
 
-    attention "prefix": the leading conditions of a document see each other both ways. window: keys further
-    away than this are not seen, but by every `full_every`-th layer (1: the window holds in all layers).
+    layers: Annotated[Whole, Field(ge=0)] = 2
+    width: Count = 256
+    heads: Count = 4
+
+
+class ModelSection(Section):
+    """Shape of the transformer. The vocabulary size and the channels of latents come from the tokenizers.
+
+    kind "lwm": causal, over ids. attention "prefix": the leading conditions of a document see each other both ways.
+    window: keys further away than this are not seen, but by every `full_every`-th layer (1: the window holds in all).
+    kind "dit": two-way, over words and latents. axes: channels of a head that turn with layer or frame, row and column
+    (four: layer, frame, row, column); preset and sign: of the layer axis; streams: weights of their own for words and
+    latents, or one set; words: what reads the words.
     """
 
-    kind: Literal["lwm"] = "lwm"
+    kind: Literal["lwm", "dit"] = "lwm"
     layers: Count
     width: Count
     heads: Count
@@ -53,9 +64,24 @@ class ModelSection(Section):
     attention: Literal["causal", "prefix"] = "causal"
     window: Count | None = None
     full_every: Count = 1
-    ffn: Count = Field(default_factory=lambda seen: default_ffn(seen.get("width", 64)))
+    ffn: Count = Field(
+        default_factory=lambda seen: (
+            4 * seen.get("width", 64) if seen.get("kind") == "dit" else default_ffn(seen.get("width", 64))
+        )
+    )
     norm_eps: Positive = 1e-6
     head_chunk: Count = 512
+    axes: Annotated[tuple[Count, ...], Field(min_length=3, max_length=4)] | None = Field(
+        default_factory=lambda seen: (
+            default_axes(seen.get("width", 0) // max(1, seen.get("heads", 1)))
+            if seen.get("kind") == "dit"
+            else None
+        )
+    )
+    preset: Literal["bil", "layer3d", "msrope"] = "bil"
+    sign: Literal[1, -1] = 1
+    streams: Literal["double", "single"] = "double"
+    words: WordsSection = WordsSection()
 
     @property
     def head_dim(self) -> int:
@@ -83,8 +109,32 @@ class ObjectiveSection(Section):
         return {name: float(weights.get(name, 1.0)) for name in MODALITIES}
 
 
+class FlowSection(Section):
+    """Flow matching: how noise levels are drawn, and over what the loss is a mean (docs/dit.md gives the formulas).
+
+    sampler with mean and std (of the logit) or scale (of the mode); shift of a document's levels by its own number of
+    latents: exponential from (tokens, mu) to (tokens, mu), or linear over a base; weighting of levels; drop_words:
+    share of documents that are trained without their words, for guidance.
+    """
+
+    sampler: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    mean: Number = 0.0
+    std: Positive = 1.0
+    scale: Number = 1.29
+    shift: Literal["exponential", "linear", "none"] = "exponential"
+    shift_from: tuple[Count, Number] = (256, 0.5)
+    shift_to: tuple[Count, Number] = (8192, 0.9)
+    shift_base: Count = 256
+    weighting: Literal["none", "bell"] = "none"
+    loss_per: Literal["token", "layer", "sample"] = "token"
+    drop_words: Annotated[Number, Field(ge=0, le=1)] = 0.1
+
+
 class OptimizerSection(Section):
-    """AdamW and its learning-rate schedule over the optimizer steps of all stages together."""
+    """AdamW and its learning-rate schedule over the optimizer steps of all stages together.
+
+    ema: how much of the moving average of the parameters each step keeps (0: none); exports prefer the average.
+    """
 
     kind: Literal["adamw"] = "adamw"
     lr: Positive
@@ -95,6 +145,7 @@ class OptimizerSection(Section):
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip: Positive = 1.0
+    ema: Annotated[Number, Field(ge=0, lt=1)] = 0.0
 
 
 class Layout(Section):
@@ -129,7 +180,10 @@ class Layout(Section):
 
 
 class Stage(Section):
-    """A part of the run at one context length. `tokens` counts packed slots, padding included."""
+    """A part of the run at one context length. `tokens` counts packed slots, padding included.
+
+    words_loss: of a dit, the weight of the words' next-token loss beside the flow loss, which has weight 1.
+    """
 
     context: Annotated[Context, Field(ge=2)]
     tokens: Tokens
@@ -137,6 +191,7 @@ class Stage(Section):
     micro_batch: Count = 1
     rope_theta: Positive = 1e4
     recompute: Literal["none", "selective", "full"] = "none"
+    words_loss: NonNegative = 0.0
     layout: Layout = Layout()
     weights: dict[str, NonNegative] | None = None
 
@@ -204,6 +259,7 @@ class RunConfig(Section):
     data: DataSection
     model: ModelSection
     objective: ObjectiveSection = ObjectiveSection()
+    flow: FlowSection = FlowSection()
     optimizer: OptimizerSection
     precision: Literal["fp32", "bf16"] = "fp32"
     engine: EngineSection = EngineSection()
@@ -251,6 +307,14 @@ class RunConfig(Section):
         """sha256 (hex) of the effective config; independent of key order and of hidden secrets."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_axes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of (layer, row, column) when none are given: about an eighth and equal halves of the rest, all even;
+    128 is (16, 56, 56), as in Qwen-Image."""
+    first = max(2, head_dim // 8 // 2 * 2)
+    first += (head_dim - first) % 4
+    return first, (head_dim - first) // 2, (head_dim - first) // 2
 
 
 def default_ffn(width: int) -> int:

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from ringweave.parallel.mesh import Mesh
 from ringweave.pretrain.errors import ConfigError
 from ringweave.pretrain.models.lwm import LWM, LWMShape
-from ringweave.pretrain.parallelize import _tensor_parallel, ring_attention_of
+from ringweave.pretrain.parallelize import ring_attention_of
+from ringweave.pretrain.parallelize_tensor import tensor_parallel
 from ringweave.pretrain.recompute import recompute_activations
 
 
@@ -84,7 +85,7 @@ def local_model(
     """
     with torch.device("meta"):
         model = LWM(shape, rope_theta=rope_theta)
-    _tensor_parallel(model, mesh, norms)
+    tensor_parallel(model, mesh, norms)
     model.attention = ring_attention_of(shape, mesh, transport)
     recompute_activations(model, recompute)
     places: dict[str, Place] = {}

@@ -17,24 +17,30 @@ from torch.distributed.fsdp import FSDPModule
 
 from ringweave.parallel.grad_norm import clip_, local_squares, world_sum
 from ringweave.parallel.mesh import Mesh
+from ringweave.parallel.tensor import local
 from ringweave.pretrain.batch import Batch
+from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.objectives import coefficients, term_sums
 from ringweave.pretrain.parallelize import DTYPES
 from ringweave.pretrain.pipeline import PipelineRunner
+
+#: The backbones.
+Model = LWM | DiT
 
 
 class TorchEngine:
     """One rank's model and optimizer. `mesh` None runs in a single process without any wrapper.
 
     parts: the model, or this rank's parts of it as `build_parts` gives them for the same `schedule`; micro_batch:
-    packs in one forward pass; modality_weights, normalize: see `objectives.coefficients`; split_backward: whether
-    a schedule that wants it may run a backward in two halves.
+    packs in one forward pass; modality_weights, normalize: see `objectives.coefficients`; ema: how much of the moving
+    average of the parameters a step keeps (0: there is none), sharded as they are; split_backward: whether a schedule
+    that wants it may run a backward in two halves.
     """
 
     def __init__(
         self,
-        parts: LWM | Sequence[LWM],
+        parts: Model | Sequence[Model],
         mesh: Mesh | None,
         *,
         micro_batch: int,
@@ -42,15 +48,18 @@ class TorchEngine:
         modality_weights: Mapping[str, float] | None = None,
         normalize: str = "modality",
         optimizer: torch.optim.Optimizer | None = None,
+        ema: float = 0.0,
         schedule: str = "1f1b",
         split_backward: bool = True,
     ) -> None:
-        self.parts = [parts] if isinstance(parts, LWM) else list(parts)
+        self.parts: list[Model] = [parts] if isinstance(parts, nn.Module) else list(parts)
         self.mesh, self.micro_batch, self.optimizer = mesh, micro_batch, optimizer
         self.dtype = DTYPES[precision]
         self.modality_weights = dict(modality_weights or {})
         self.normalize = normalize
         self.sums = torch.zeros(0)
+        self.ema, self._average = ema, dict[str, Tensor]()
+        self.start_average()
         self.pipeline: PipelineRunner | None = None
         if mesh is not None and mesh.sizes["pp"] > 1:
             self.pipeline = PipelineRunner(
@@ -59,14 +68,14 @@ class TorchEngine:
             )  # fmt: skip
 
     @property
-    def model(self) -> LWM:
+    def model(self) -> Model:
         """The first of this rank's parts: the model, where a rank holds one part."""
         return self.parts[0]
 
     @property
     def last_stage(self) -> bool:
         """Whether this rank computes losses."""
-        return self.parts[-1].head is not None
+        return self.parts[-1].is_last
 
     def global_counts(self, batch: Batch) -> NDArray[np.float64]:
         """Target counts per modality over all data ranks."""
@@ -135,7 +144,23 @@ class TorchEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self._move_average()
         self.zero_grad()
+
+    def start_average(self) -> None:
+        """Let the moving average begin at the parameters as they are."""
+        if self.ema:
+            self._average = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        if self.ema:
+            for name, p in self.named_parameters():
+                local(self._average[name]).lerp_(local(p.detach()), 1.0 - self.ema)
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """This rank's parameters with their names."""
+        return chain.from_iterable(part.named_parameters() for part in self.parts)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -143,13 +168,14 @@ class TorchEngine:
             part.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and moments by layout-independent name, sharing memory with the live ones."""
+        """Parameters, moments and moving averages by layout-independent name, sharing memory with the live ones."""
         state: dict[str, Tensor] = {}
         for name, p in chain.from_iterable(part.named_parameters() for part in self.parts):
             state[f"model.{name}"] = p.detach() if not isinstance(p, nn.Parameter) else p.data
             if self.optimizer is not None:
                 moments = self._moments(p)
                 state |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
+        state |= {f"ema.{name}": value for name, value in self._average.items()}
         return state
 
     def _moments(self, p: nn.Parameter) -> dict[str, Tensor]:

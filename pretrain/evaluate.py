@@ -20,8 +20,10 @@ from ringweave.data_pipes.planner import PackPlanner, plan_once
 from ringweave.data_pipes.stream import PackStream
 from ringweave.pretrain.batch import collate
 from ringweave.pretrain.config import RunConfig
+from ringweave.pretrain.evaluate_dit import evaluate_dit
 from ringweave.pretrain.export import load_run
 from ringweave.pretrain.job import open_corpus
+from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.objectives import term_sums
 from ringweave.pretrain.run_folder import RunFolder
@@ -34,7 +36,8 @@ from ringweave.tokenizers.segment import MODALITIES
 def evaluate_run(
     run_dir: Path, *, max_tokens_per_source: int = 40_000, context: int | None = None
 ) -> dict[str, Any]:
-    """{"step", "heldout": {modality: {loss, tokens, unigram_entropy}}} in nats; also logged to metrics.jsonl.
+    """{"step", "heldout": {modality: {loss, tokens, unigram_entropy}}} in nats; also logged to metrics.jsonl. Of a dit
+    {modality: {loss, by_sigma}}, mean square errors at fixed noise levels.
 
     One process, the checkpoint's last context (or `context`). A source with more held-out tokens than
     `max_tokens_per_source` is evaluated on its first documents up to that many.
@@ -50,7 +53,12 @@ def evaluate_run(
         context = (
             context or config.stages[min(saved.manifest["cursor"]["stage"], len(config.stages) - 1)].context
         )
-        figures = _figures(model, heldout, training, config, context, max_tokens_per_source)
+        if isinstance(model, DiT):
+            figures: dict[str, Any] = evaluate_dit(
+                model, heldout, config, context=context, most=max_tokens_per_source
+            )
+        else:
+            figures = _figures(model, heldout, training, config, context, max_tokens_per_source)
     folder = RunFolder(run_dir)
     folder.attempt = max(0, folder.attempts() - 1)  # what is evaluated is what the last attempt left
     folder.log("eval", step=saved.step, heldout=figures)

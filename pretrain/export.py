@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ringweave.pretrain import checkpoint
+from ringweave.pretrain.backbone import shape_from
 from ringweave.pretrain.config import RunConfig, config_from_dict
 from ringweave.pretrain.errors import ConfigError, StorageError
-from ringweave.pretrain.models.lwm import LWM, LWMShape
+from ringweave.pretrain.models.dit import DiT
+from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.parallelize import build_model
 from ringweave.pretrain.run_folder import write_json
 
@@ -32,8 +34,13 @@ _RENAMED = {
 }
 
 
-def load_run(run_dir: Path, *, step: int | None = None) -> tuple[LWM, checkpoint.Saved, RunConfig]:
-    """The whole model of a run's checkpoint (the newest usable, or that of `step`) in this one process."""
+def load_run(
+    run_dir: Path, *, step: int | None = None, average: bool = True
+) -> tuple[LWM | DiT, checkpoint.Saved, RunConfig]:
+    """The whole model of a run's checkpoint (the newest usable, or that of `step`) in this one process.
+
+    average: take the moving average of the parameters, where the run keeps one (`optimizer.ema`).
+    """
     root = run_dir / "checkpoints"
     if step is not None:
         path = root / checkpoint.checkpoint_name(step)
@@ -44,11 +51,26 @@ def load_run(run_dir: Path, *, step: int | None = None) -> tuple[LWM, checkpoint
         raise StorageError(
             "the run has no checkpoint", where=str(root), fix="train it first: ringweave train CONFIG"
         )
+    config = config_from_dict(saved.manifest["config"], source=str(saved.path))
     model = build_model(
-        LWMShape(**saved.manifest["shape"]), None, seed=0, rope_theta=float(saved.manifest["rope_theta"])
-    )
-    checkpoint.load(saved, {f"model.{name}": p.data for name, p in model.named_parameters()})
-    return model.eval(), saved, config_from_dict(saved.manifest["config"], source=str(saved.path))
+        shape_from(config, saved.manifest["shape"]), None, seed=0,
+        rope_theta=float(saved.manifest["rope_theta"]),
+    )  # fmt: skip
+    prefix = "ema" if average and config.optimizer.ema else "model"
+    checkpoint.load(saved, {f"{prefix}.{name}": p.data for name, p in model.named_parameters()})
+    return model.eval(), saved, config
+
+
+def load_decoder(run_dir: Path, *, step: int | None = None) -> tuple[LWM, checkpoint.Saved, RunConfig]:
+    """As `load_run`, of a run of kind lwm; ConfigError for another."""
+    model, saved, config = load_run(run_dir, step=step)
+    if not isinstance(model, LWM):
+        raise ConfigError(
+            "this needs a run of kind lwm",
+            where=str(saved.path),
+            why=f"its model is of kind {config.model.kind}",
+        )
+    return model, saved, config
 
 
 def llama_name(name: str) -> str:
@@ -117,7 +139,7 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
 
     The folder appears whole, by a rename, after transformers has loaded it and agreed on the logits.
     """
-    model, saved, config = load_run(run_dir, step=step)
+    model, saved, config = load_decoder(run_dir, step=step)
     if config.model.attention == "prefix":
         raise ConfigError(
             "the model cannot be exported",

@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ringweave.parallel.mesh import Mesh
 from ringweave.parallel.packed import PackedAttention
 from ringweave.parallel.schedules import check_shape, parts_of_rank, split_layers
-from ringweave.parallel.tensor import (
-    ColumnLinear,
-    HiddenStates,
-    RowLinear,
-    TensorGroup,
-    VocabEmbedding,
-    sum_gradients,
-)
-from ringweave.parallel.vocab import VocabParallelCrossEntropy
-from ringweave.pretrain.models.lwm import LWM, LWMShape, initial_value
+from ringweave.pretrain.models.dit import DiT, DiTShape
+from ringweave.pretrain.models.lwm import LWM, LWMShape
+from ringweave.pretrain.parallelize_tensor import tensor_parallel
 from ringweave.pretrain.recompute import recompute_activations
 
 # FSDP warns that in-place changes of a view it returns would lose its hooks; the model makes none.
@@ -39,33 +33,35 @@ UNIT = 2**24
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+def new_model(shape: LWMShape | DiTShape, *, rope_theta: float) -> LWM | DiT:
+    """The backbone of a shape. rope_theta: of an LWM; a DiT has its own."""
+    return DiT(shape) if isinstance(shape, DiTShape) else LWM(shape, rope_theta=rope_theta)
+
+
+@overload
+def build_model(shape: LWMShape, mesh: Mesh | None, *, seed: int, **options: Any) -> LWM: ...
+@overload
+def build_model(shape: DiTShape, mesh: Mesh | None, *, seed: int, **options: Any) -> DiT: ...
+@overload
+def build_model(shape: LWMShape | DiTShape, mesh: Mesh | None, *, seed: int, **options: Any) -> LWM | DiT: ...
 def build_model(
-    shape: LWMShape,
+    shape: LWMShape | DiTShape,
     mesh: Mesh | None,
     *,
     seed: int,
-    rope_theta: float,
-    precision: str = "fp32",
-    device: torch.device | None = None,
-    unit: int = UNIT,
-    norms: str = "sequence",
-    recompute: str = "none",
-    transport: str = "ring",
-) -> LWM:
+    **options: Any,
+) -> LWM | DiT:
     """The model of a rank that holds one part of it: `build_parts` with a part a pipeline rank."""
-    (model,) = build_parts(
-        shape, mesh, seed=seed, rope_theta=rope_theta, precision=precision, device=device, unit=unit,
-        norms=norms, recompute=recompute, transport=transport,
-    )  # fmt: skip
+    (model,) = build_parts(shape, mesh, seed=seed, **options)
     return model
 
 
 def build_parts(
-    shape: LWMShape,
+    shape: LWMShape | DiTShape,
     mesh: Mesh | None,
     *,
     seed: int,
-    rope_theta: float,
+    rope_theta: float = 1e4,
     precision: str = "fp32",
     device: torch.device | None = None,
     unit: int = UNIT,
@@ -75,7 +71,7 @@ def build_parts(
     schedule: str = "1f1b",
     virtual: int = 1,
     split: Sequence[int] | None = None,
-) -> list[LWM]:
+) -> list[LWM] | list[DiT]:
     """This rank's parts of the model by depth, under `mesh` (None: one process, nothing applied), from `seed`.
 
     Parameters are kept in fp32 (fp64 for precision "fp64"); "bf16" computes in bf16 and reduces in fp32.
@@ -93,14 +89,16 @@ def build_parts(
         check_shape(schedule, ranks, virtual, 1)
         mine = parts_of_rank(schedule, ranks, virtual, mesh.rank_on["pp"])
         layers = split_layers(shape.layers, ranks * virtual, split)
-    parts = []
+    parts: list[Any] = []
     for number in mine:
         with torch.device("meta"):
-            part = LWM(shape, rope_theta=rope_theta).to(keep)
+            part = new_model(shape, rope_theta=rope_theta).to(keep)
         part.keep_part(layers[number], first=number == 0, last=number == len(layers) - 1)
         if mesh is not None:
-            _tensor_parallel(part, mesh, norms)
+            tensor_parallel(part, mesh, norms)
             part.attention = ring_attention_of(shape, mesh, transport)
+            if isinstance(part, DiT) and part.words is not None:
+                part.words.attention = ring_attention_of(part.words.shape, mesh, transport)
         recompute_activations(part, recompute)
         if mesh is not None:
             _shard(part, mesh, precision, unit)
@@ -110,57 +108,14 @@ def build_parts(
     return parts
 
 
-def ring_attention_of(shape: LWMShape, mesh: Mesh, transport: str) -> PackedAttention:
+def ring_attention_of(shape: LWMShape | DiTShape, mesh: Mesh, transport: str) -> PackedAttention:
     """Attention over the mesh's ring; transport: see `plan_ring`, or "auto" to price it for each micro-batch."""
     tp = mesh.sizes["tp"] * mesh.ulysses.size
     heads = (shape.heads // tp, max(shape.kv_heads // tp, 1), shape.head_dim)
     return PackedAttention(ring=mesh.ring, ulysses=mesh.ulysses, transport=transport, heads=heads)
 
 
-def _tensor_parallel(model: LWM, mesh: Mesh, norms: str = "replicated") -> None:
-    """Split matrices, embedding and head over tp, and put the collectives of `parallel/tensor.py` around them.
-
-    norms: "sequence" keeps a shard of the tokens between blocks, "replicated" all of them.
-    """
-    if mesh.sizes["tp"] == 1:
-        return
-    tp = TensorGroup(mesh.group("tp"))
-    states = HiddenStates(tp, sharded=norms == "sequence")
-
-    def split(weight: nn.Parameter, dim: int) -> nn.Parameter:
-        return nn.Parameter(
-            distribute_tensor(weight, mesh.device_mesh["tp"], [Shard(dim)], src_data_rank=None)
-        )
-
-    for layer in model.layers.values():
-        for block, columns, rows in (
-            (layer.attention, ("wq", "wk", "wv"), "wo"),
-            (layer.mlp, ("gate", "up"), "down"),
-        ):
-            for name in columns:
-                setattr(block, name, ColumnLinear(split(getattr(block, name).weight, 0)))
-            setattr(block, rows, RowLinear(split(getattr(block, rows).weight, 1), states.leave))
-        # Attention needs exactly the tokens of its rotary table; the feed-forward does not mind padding.
-        layer.attention.register_forward_pre_hook(
-            lambda module, args: (states.enter(args[0], args[1].cos.shape[0]), *args[1:])
-        )
-        layer.mlp.register_forward_pre_hook(lambda module, args: (states.enter(args[0]), *args[1:]))
-    if model.embed is not None:
-        model.embed = VocabEmbedding(split(model.embed.weight, 0), tp, states.leave)
-    if model.head is not None:
-        model.head.weight = split(model.head.weight, 0)
-        model.head.cross_entropy = VocabParallelCrossEntropy(mesh.group("tp"))
-        model.head.register_forward_pre_hook(
-            lambda module, args: (states.whole(args[0], args[1].numel()), *args[1:])
-        )
-    if states.sharded:
-        model.hidden_shape = states.shape
-        model.after_backward = lambda: sum_gradients(  # by name: FSDP puts other parameters in place of these
-            (p for name, p in model.named_parameters() if name.endswith("norm.weight")), tp
-        )
-
-
-def _shard(model: LWM, mesh: Mesh, precision: str, unit: int) -> None:
+def _shard(model: LWM | DiT, mesh: Mesh, precision: str, unit: int) -> None:
     """FSDP2 (HSDP with copies) over dp·sp; gradients are summed, because losses are already divided globally."""
     policy = MixedPrecisionPolicy()
     if precision == "bf16":
@@ -172,7 +127,7 @@ def _shard(model: LWM, mesh: Mesh, precision: str, unit: int) -> None:
     reshard = mesh.sizes["pp"] == 1
     parts: list[nn.Module] = []
     if sum(p.numel() for p in model.parameters()) >= unit:
-        parts = [m for m in (model.embed, *model.layers.values(), model.head) if m is not None]
+        parts = model.units()
     for part in (*parts, model):
         fully_shard(part, mesh=mesh.shards, mp_policy=policy, reshard_after_forward=reshard)
     for part in (*parts, model):
@@ -182,11 +137,10 @@ def _shard(model: LWM, mesh: Mesh, precision: str, unit: int) -> None:
 
 
 @torch.no_grad()
-def initialise(model: LWM, *, seed: int) -> None:
+def initialise(model: LWM | DiT, *, seed: int) -> None:
     """Fill every parameter from (seed, name); each rank makes the whole tensor and keeps its part."""
     for name, p in model.named_parameters():
-        whole = initial_value(name, tuple(p.shape), seed=seed, layers=model.shape.layers)
-        whole = whole.to(p.dtype)
+        whole = model.initial_value(name, tuple(p.shape), seed=seed).to(p.dtype)
         if isinstance(p, DTensor):
             part = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
             p.to_local().copy_(part.to_local())

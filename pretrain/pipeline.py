@@ -18,6 +18,7 @@ from ringweave.parallel.mesh import Mesh
 from ringweave.parallel.schedule_proof import check_complete, most_alive, prove_transfers
 from ringweave.parallel.schedules import Action, Table, holders, parts_of_rank, table, whole_backward
 from ringweave.pretrain.batch import Batch
+from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.models.lwm import LWM
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -83,7 +84,7 @@ class PipelineRunner:
 
     def __init__(
         self,
-        parts: Sequence[LWM],
+        parts: Sequence[LWM | DiT],
         mesh: Mesh,
         *,
         schedule: str,
@@ -95,7 +96,7 @@ class PipelineRunner:
         self.parts, self.mesh, self.loss = list(parts), mesh, loss
         self.schedule, self.micro_batch, self.dtype = schedule, micro_batch, dtype
         self.split_backward = split_backward
-        self._ready: dict[tuple[int, int], tuple[TableSchedule, bool]] = {}
+        self._ready: dict[tuple[int, int, int], tuple[TableSchedule, bool]] = {}
 
     def run(self, batch: Batch, terms: Tensor) -> None:
         """Accumulate the gradients of the batch's loss in the parts; terms [n, l, 3]: see `Batch.terms`.
@@ -103,26 +104,28 @@ class PipelineRunner:
         Every part gets the metadata of its packs (`Batch.inputs`). Raises ValueError when the packs do not fill
         whole micro-batches.
         """
-        schedule, expects = self._prepared(batch.ids.shape[0], batch.ids.shape[1])
+        packs, slots = batch.ids.shape
+        schedule, expects = self._prepared(packs, slots, self.parts[0].extra_rows(slots, batch.segments))
         inputs = batch.inputs()
         if expects:
             inputs["expected"] = terms[..., 0]
         schedule.step(
-            *([batch.ids] if self.parts[0].embed is not None else []),
-            target=terms if self.parts[-1].head is not None else None,
+            *([batch.ids] if self.parts[0].is_first else []),
+            target=terms if self.parts[-1].is_last else None,
             return_outputs=False,
             **inputs,
         )
 
-    def _prepared(self, packs: int, slots: int) -> tuple[TableSchedule, bool]:
+    def _prepared(self, packs: int, slots: int, extra: int) -> tuple[TableSchedule, bool]:
         """The schedule for batches of this shape, and whether the head may make its gradients in the forward."""
-        if (packs, slots) not in self._ready:
+        key = packs, slots, extra
+        if key not in self._ready:
             if packs % self.micro_batch:
                 raise ValueError(f"{packs} packs are no multiple of micro_batch = {self.micro_batch}")
-            self._ready[packs, slots] = self._prepare(packs // self.micro_batch, slots)
-        return self._ready[packs, slots]
+            self._ready[key] = self._prepare(packs // self.micro_batch, slots, extra)
+        return self._ready[key]
 
-    def _prepare(self, micro_batches: int, slots: int) -> tuple[TableSchedule, bool]:
+    def _prepare(self, micro_batches: int, slots: int, extra: int) -> tuple[TableSchedule, bool]:
         ranks, virtual = self.mesh.sizes["pp"], len(self.parts)
         holder = holders(self.schedule, ranks, virtual)
         actions = table(self.schedule, ranks, virtual, micro_batches)
@@ -130,21 +133,26 @@ class PipelineRunner:
             actions = whole_backward(actions)
         numbers = parts_of_rank(self.schedule, ranks, virtual, self.mesh.rank_on["pp"])
         stages = [
-            self._stage(part, n, len(holder), slots) for part, n in zip(self.parts, numbers, strict=True)
+            self._stage(part, n, len(holder), slots, extra)
+            for part, n in zip(self.parts, numbers, strict=True)
         ]
         schedule = TableSchedule(stages, micro_batches, actions, holder, loss=self.loss)
         heads = most_alive(actions[holder[-1]], len(holder) - 1)
         return schedule, heads <= HEADS_KEPT
 
-    def _stage(self, part: LWM, number: int, parts: int, slots: int) -> PipelineStage:
-        """torch's stage of a part. Shapes are given, none is probed: slots are static however full packs are."""
+    def _stage(self, part: LWM | DiT, number: int, parts: int, slots: int, extra: int) -> PipelineStage:
+        """torch's stage of a part. Shapes are given, none is probed: slots are static however full packs are.
+
+        extra: rows a pack that travel beside the hidden states of its slots.
+        """
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         shape = (self.micro_batch, slots)
 
         def like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
-        ids, hidden = like(shape, torch.int64), like(part.hidden_shape(*shape, part.shape.width), self.dtype)
+        states = part.hidden_shape(self.micro_batch, slots + extra, part.shape.width)
+        ids, hidden = like(shape, torch.int64), like(states, self.dtype)
         return PipelineStage(
             part,
             number,

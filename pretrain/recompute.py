@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.models.lwm import LWM
 
 #: Op namespaces whose results are kept: our attention and collectives, torch's collectives.
 KEPT = ("ringweave", "c10d", "_c10d_functional")
 
 
-def recompute_activations(model: LWM, how: str) -> None:
+def recompute_activations(model: LWM | DiT, how: str) -> None:
     """Make every layer of `model` keep less: how is "none", "selective" or "full". Raises ValueError for others.
 
     Applied before FSDP2 wraps the layers, whose hooks then stay outside of what is computed again.
@@ -31,7 +32,7 @@ def recompute_activations(model: LWM, how: str) -> None:
     if how == "none":
         return
     part = "forward" if how == "full" else "feed_forward"
-    for layer in model.layers.values():
+    for layer in model.recomputable():
         setattr(layer, part, _again(getattr(layer, part)))
 
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+
+from ringweave.data_pipes.lengths import as_lengths
 from ringweave.data_pipes.pack import packs_for_rank
 from ringweave.data_pipes.quarantine import Quarantine
 from ringweave.data_pipes.stream import Documents, PackStream
@@ -15,6 +18,7 @@ from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.data_exchange import data_groups
 from ringweave.pretrain.prefetch import Prefetcher
 from ringweave.pretrain.stage_plan import changed_settings, enter_stage, first_planner
+from ringweave.tokenizers.errors import DataError
 
 
 def open_stream(
@@ -26,6 +30,8 @@ def open_stream(
     allowed it, see `resume.py`) begins a new stage of the planner: token counts start anew, nothing is lost.
     Raises DataError if the state does not belong to the corpus.
     """
+    if config.model.kind == "dit":
+        whole_documents_fit(config, corpus, number)
     limits = config.data.quarantine
     quarantine = Quarantine(max_share=limits.share, max_in_a_row=limits.run)
     if saved is None:
@@ -35,6 +41,30 @@ def open_stream(
     if begins or changes:
         enter_stage(stream.planner, config, number)
     return stream, changes
+
+
+def whole_documents_fit(config: RunConfig, corpus: Documents, number: int) -> None:
+    """DataError unless every document of stage `number` fits its context: latents that see each other both ways cannot
+    be trained on in pieces."""
+    context, weights = config.stages[number].context, config.stage_weights(number)
+    lengths = as_lengths(corpus.lengths)
+    for name in lengths.names:
+        if weights.get(name, 0) <= 0:
+            continue
+        over = longest = total = before = where = 0
+        for shard, count in enumerate(lengths.counts(name).tolist()):
+            tokens = np.asarray(lengths.of(name, shard))
+            over += int((tokens > context).sum())
+            if count and int(tokens.max()) > longest:
+                longest, where = int(tokens.max()), before + int(tokens.argmax())
+            before, total = before + count, total + count
+        if over:
+            raise DataError(
+                f"{over} of {total} documents of source {name} are longer than the context of {context}",
+                where=f"stage {number + 1}; the longest is sample {where} with {longest} tokens",
+                why="a document of latents cannot be cut: all of it is seen both ways",
+                fix="raise the context, give the source weight 0 in this stage, or make its pictures smaller",
+            )
 
 
 def open_source(

@@ -14,8 +14,11 @@ from ringweave.pretrain.config_schema import ModelSection
 
 
 def cost_model(model: ModelSection) -> CostModel:
-    """Operations of a pack of this model: four projections (fewer with shared keys) and a gated MLP a layer."""
+    """Operations of a pack of this model: four projections (fewer with shared keys) and a gated MLP a layer; of a dit
+    four projections and a plain MLP, and attention both ways."""
     width, heads = model.width, model.heads
+    if model.kind == "dit":
+        return CostModel(width=width, ratio=8 + 4 * model.ffn / width, causal=False)
     attention = 4 + 4 * model.kv_heads / heads  # 2 operations a weight: q and o, then k and v
     return CostModel(width=width, ratio=attention + 6 * model.ffn / width, window=model.window)
 

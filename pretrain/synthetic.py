@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringweave.data_pipes.pack import Piece
+from ringweave.tokenizers.bare import document as bare_document
+from ringweave.tokenizers.bare import latent_segment
 from ringweave.tokenizers.segment import Document, Segment
 
 
@@ -38,3 +40,49 @@ class SyntheticCorpus:
             Segment(ids[cut:], piece.source, positions[cut:], weight=0.5 if piece.source == "image" else 1.0)
         )
         return Document(key=f"{piece.source}-{piece.sample}", segments=tuple(parts))
+
+
+class SyntheticLatents:
+    """Documents of words and latents: `rgba` of several layers and conditions, `video` of several frames; grids of
+    mixed and odd sizes, ids below `vocab`."""
+
+    def __init__(self, *, vocab: int, channels: int, count: int = 24, seed: int = 0) -> None:
+        self.vocab, self.channels, self.count, self.seed = vocab, channels, count, seed
+        self.lengths: dict[str, NDArray[np.int64]] = {
+            name: np.array([self._length(name, n) for n in range(count)], np.int64)
+            for name in ("rgba", "video")
+        }
+        self.digest = hashlib.sha256(repr((vocab, channels, count, seed)).encode()).hexdigest()
+
+    def _plan(self, source: str, sample: int) -> tuple[int, list[tuple[tuple[int, int, int], bool]]]:
+        """(words, [((frames, rows, columns), condition)]) of a document."""
+        state = np.random.RandomState(self.seed * 7919 + sample * 31 + len(source))
+        rows, columns = (int(n) for n in state.randint(1, 5, size=2))
+        frames = 1 if source == "rgba" else int(state.randint(2, 4))
+        targets, conditions = int(state.randint(1, 4)), int(state.randint(0, 3))
+        if source == "video":
+            targets = 1
+        grids = [((1, rows, columns), True)] * conditions + [((frames, rows, columns), False)] * targets
+        return int(state.randint(0, 6)), grids
+
+    def _length(self, source: str, sample: int) -> int:
+        words, grids = self._plan(source, sample)
+        return 1 + words + sum(frames * rows * columns for (frames, rows, columns), _ in grids)
+
+    def document(self, piece: Piece) -> Document:
+        """The document a piece is cut from, the same on every call."""
+        words, grids = self._plan(piece.source, piece.sample)
+        state = np.random.default_rng([self.seed, piece.sample, len(piece.source)])
+        ids = state.integers(30, self.vocab, size=words).astype(np.int32)
+        places = np.zeros((words, 4), np.int32)
+        places[:, 0] = np.arange(words)
+        text = Segment(ids, "text", places, "target") if words else None
+        segments = [
+            latent_segment(
+                state.standard_normal((*shape, self.channels), dtype=np.float32),
+                modality=piece.source, layer=layer, role="condition" if condition else "target",
+                weight=0.0 if condition else 1.0,
+            )
+            for layer, (shape, condition) in enumerate(grids)
+        ]  # fmt: skip
+        return bare_document(f"{piece.source}-{piece.sample}", text, segments)

@@ -21,9 +21,10 @@ from ringweave.parallel.grad_norm import world_sum
 from ringweave.parallel.mesh import Mesh, describe_layout
 from ringweave.parallel.ring_layout import RingLayout
 from ringweave.pretrain import checkpoint
-from ringweave.pretrain.batch import Batch, collate
+from ringweave.pretrain.backbone import channels_of, make_batch, modality_weights, shape_of
+from ringweave.pretrain.batch import Batch
 from ringweave.pretrain.batch_reader import BatchReader, ReadyBatch
-from ringweave.pretrain.config import RunConfig, Stage
+from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.engine import TorchEngine, make_adamw, world_loss
 from ringweave.pretrain.errors import NonFiniteError
 from ringweave.pretrain.models.lwm import LWMShape
@@ -65,7 +66,8 @@ class StageRun:
 
 
 class Trainer:
-    """One rank of a run. `folder` is used by rank 0 only; `report` gets each step's record on rank 0."""
+    """One rank of a run. `folder` is used by rank 0 only; `report` gets each step's record on rank 0; channels: of the
+    latents, where the vocabulary does not tell."""
 
     def __init__(
         self,
@@ -76,16 +78,15 @@ class Trainer:
         vocabulary: VocabularyManifest | str,
         folder: RunFolder,
         rank: int,
+        channels: int | None = None,
         allow_change: bool = False,
         report: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
-        m = config.model
         self.config, self.corpus, self.folder, self.rank = config, corpus, folder, rank
         self.vocabulary, self.allow_change, self.report = vocabulary, allow_change, report
-        self.shape = LWMShape(
-            vocab=vocab, layers=m.layers, width=m.width, heads=m.heads, kv_heads=m.kv_heads, ffn=m.ffn,
-            norm_eps=m.norm_eps, head_chunk=m.head_chunk, window=m.window, full_every=m.full_every,
-        )  # fmt: skip
+        self.shape = shape_of(
+            config, vocab=vocab, channels=channels_of(config, vocabulary) if channels is None else channels
+        )
         self.cursor = Cursor()
         self.saved: checkpoint.Saved | None = None
         self.stop_signal = 0
@@ -163,12 +164,18 @@ class Trainer:
         if cfg.engine.kind == "deepspeed":
             from ringweave.pretrain.engine_deepspeed import deepspeed_engine
 
+            assert isinstance(self.shape, LWMShape)
             engine: TorchEngine = deepspeed_engine(cfg, stage, self.shape, mesh)
         else:
-            engine = self._torch_engine(stage, mesh)
+            engine = self._torch_engine(number, mesh)
         if self.saved is not None:
             state = engine.tensors()
+            averaged = bool(self.saved.manifest["config"]["optimizer"].get("ema"))
+            if not averaged:
+                state = {name: value for name, value in state.items() if not name.startswith("ema.")}
             checkpoint.load(self.saved, state)
+            if not averaged:
+                engine.start_average()
             if hasattr(engine, "loaded"):  # its tensors are copies
                 engine.loaded(state)
             engine.set_optimizer_step(self.cursor.step)
@@ -181,8 +188,8 @@ class Trainer:
         source, reader = open_source(cfg, stream, number, mesh, steps=stage.steps - self.cursor.stage_step)
         return StageRun(number, mesh, engine, stream, ring, source, reader, layout)
 
-    def _torch_engine(self, stage: Stage, mesh: Mesh) -> TorchEngine:
-        cfg = self.config
+    def _torch_engine(self, number: int, mesh: Mesh) -> TorchEngine:
+        cfg, stage = self.config, self.config.stages[number]
         parts = build_parts(
             self.shape, mesh, seed=cfg.run.seed, rope_theta=stage.rope_theta, precision=cfg.precision,
             schedule=stage.layout.schedule, virtual=stage.layout.virtual, split=stage.layout.split,
@@ -192,7 +199,7 @@ class Trainer:
         optimizer = make_adamw(parts, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         return TorchEngine(
             parts, mesh, micro_batch=stage.micro_batch, precision=cfg.precision, optimizer=optimizer,
-            modality_weights=cfg.objective.modality_weights, normalize=cfg.objective.normalize,
+            modality_weights=modality_weights(cfg, number), normalize=cfg.objective.normalize, ema=o.ema,
             schedule=stage.layout.schedule, split_backward=stage.recompute == "none",
         )  # fmt: skip
 
@@ -226,10 +233,9 @@ class Trainer:
                 ready = run.source.next()
             except Stopped:
                 return self._data_ended(run)
-            batch = collate(
-                ready.packs, ring=run.ring, rank=run.mesh.rank_on["sp"],
-                prefix=self.config.model.attention == "prefix",
-            )  # fmt: skip
+            batch = make_batch(
+                self.config, self.shape, ready.packs, number, ring=run.ring, rank=run.mesh.rank_on["sp"]
+            )
             clock.lap("data")
             record, stopping, due = self._step(run, batch, clock)
             self.cursor.stream = ready.state_after
@@ -277,7 +283,7 @@ class Trainer:
             shared[len(MODALITIES) :].tolist(),
         )
         loss = world_loss(
-            sums, counts, self.config.objective.modality_weights, normalize=self.config.objective.normalize
+            sums, counts, modality_weights(self.config, run.number), normalize=self.config.objective.normalize
         )
         norm = squares**0.5
         if not (np.isfinite(loss) and np.isfinite(norm)):

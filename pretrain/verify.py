@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from torch.distributed.tensor import DTensor
 
 from ringweave.data_pipes.pack import Pack, packs_for_rank
 from ringweave.data_pipes.planner import PackPlanner
-from ringweave.data_pipes.stream import PackStream
+from ringweave.data_pipes.stream import Documents, PackStream
 from ringweave.parallel.grad_norm import world_sum
 from ringweave.parallel.mesh import AXES, Mesh, describe_layout
 from ringweave.parallel.ring_layout import RingLayout
 from ringweave.parallel.spawn import run_ranks
-from ringweave.pretrain.batch import collate
+from ringweave.pretrain.batch import Batch, collate
 from ringweave.pretrain.checkpoint import checkpoint_name
 from ringweave.pretrain.config import RunConfig, config_from_dict
 from ringweave.pretrain.engine import TorchEngine, world_loss
+from ringweave.pretrain.models.dit import DiT, DiTShape
 from ringweave.pretrain.models.lwm import LWM, LWMShape
 from ringweave.pretrain.parallelize import build_model, build_parts
 from ringweave.pretrain.run_folder import RunFolder, read_events
@@ -99,7 +101,7 @@ def make_packs(count: int = PACKS, context: int = CONTEXT) -> list[Pack]:
 # --- law 1 -----------------------------------------------------------------------------------------------
 
 
-def _gradients(model: LWM) -> dict[str, torch.Tensor]:
+def _gradients(model: LWM | DiT) -> dict[str, torch.Tensor]:
     return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -183,6 +185,21 @@ def _world_worker(
     return _layout_worker(layouts, "fp32"), _resume_worker(place, world)
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """What law 2 needs to know of a model: its sizes, how packs become a ring rank's batch, weights of its losses."""
+
+    shape: LWMShape | DiTShape
+    batch: Callable[[Sequence[Pack], RingLayout, int], Batch]
+    weights: Mapping[str, float]
+
+
+def lwm_backbone(mask: str = "causal") -> Backbone:
+    """The decoder; mask "bidirectional" for packs whose prefixes count."""
+    prefix = mask == "bidirectional"
+    return Backbone(SHAPE, lambda packs, ring, rank: collate(packs, ring=ring, rank=rank, prefix=prefix), {})
+
+
 # --- law 2 -----------------------------------------------------------------------------------------------
 
 
@@ -199,12 +216,13 @@ def check_layout(
     packs: list[Pack],
     reference: tuple[float, dict[str, torch.Tensor], float],
     precision: str,
+    backbone: Backbone | None = None,
 ) -> dict[str, Any]:
     """Law 2 for one layout, on the running world: loss, every gradient and the gradient norm.
 
     layout: sizes by axis, and beside them `ring`, `transport`, `ulysses`, `replicate`, `norms`, `recompute`,
     `schedule`, `virtual` and `split` as in a config's stage; `mask` "bidirectional" for packs whose prefixes count;
-    `engine` "zero1", "zero2" or "zero3" for DeepSpeed.
+    `engine` "zero1", "zero2" or "zero3" for DeepSpeed. backbone: the decoder, if not another.
     """
     loss, grads, squares = reference
     options = {key: value for key, value in layout.items() if key not in AXES}
@@ -214,19 +232,18 @@ def check_layout(
             *(f"{key} {value}" for key, value in options.items() if key != "mask"),
         ]
     )
-    kind, mask = options.pop("ring", "planned"), options.pop("mask", "causal")
+    kind = options.pop("ring", "planned")
+    backbone = lwm_backbone(options.pop("mask", "causal")) if backbone is None else backbone
     mesh = Mesh.build(
         {axis: layout[axis] for axis in AXES if axis in layout},
         replicate=options.pop("replicate", 1),
         ulysses=options.pop("ulysses", 1),
     )
-    engine = _engine(mesh, precision, **options)
+    engine = _engine(backbone, mesh, precision, **options)
     mine = packs_for_rank(0, len(packs), mesh.rank_on["dp"], mesh.sizes["dp"])
-    ring = RingLayout(mesh.sizes["sp"], kind, width=SHAPE.width)
-    sums, counts = engine.forward_backward(
-        collate([packs[i] for i in mine], ring=ring, rank=mesh.rank_on["sp"], prefix=mask == "bidirectional")
-    )
-    ours = world_loss(world_sum(sums), counts, {}, normalize="modality")
+    ring = RingLayout(mesh.sizes["sp"], kind, width=backbone.shape.width)
+    sums, counts = engine.forward_backward(backbone.batch([packs[i] for i in mine], ring, mesh.rank_on["sp"]))
+    ours = world_loss(world_sum(sums), counts, backbone.weights, normalize="modality")
     norm = float(world_sum(engine.grad_squares())) ** 0.5
     whole = {
         name: (g.full_tensor() if isinstance(g, DTensor) else g).double()
@@ -242,7 +259,9 @@ def check_layout(
     return row
 
 
-def _engine(mesh: Mesh, precision: str, *, engine: str = "torch", **options: Any) -> TorchEngine:
+def _engine(
+    backbone: Backbone, mesh: Mesh, precision: str, *, engine: str = "torch", **options: Any
+) -> TorchEngine:
     if engine.startswith("zero"):
         from ringweave.pretrain.engine_deepspeed import DeepSpeedEngine
 
@@ -257,9 +276,10 @@ def _engine(mesh: Mesh, precision: str, *, engine: str = "torch", **options: Any
             **options,
         )
     # unit=1: a sharding unit a layer, as models of real size have (the trainer's runs here use one unit)
-    parts = build_parts(SHAPE, mesh, seed=1, rope_theta=1e4, precision=precision, unit=1, **options)
+    parts = build_parts(backbone.shape, mesh, seed=1, precision=precision, unit=1, **options)
     return TorchEngine(
-        parts, mesh, micro_batch=1, precision=precision, schedule=options.get("schedule", "1f1b"),
+        parts, mesh, micro_batch=1, precision=precision, modality_weights=backbone.weights,
+        schedule=options.get("schedule", "1f1b"),
         split_backward=options.get("recompute", "none") == "none",
     )  # fmt: skip
 
@@ -315,13 +335,13 @@ class _Fragile(Trainer):
             raise _Crash
 
 
-def _one_run(config: RunConfig, *, dies_after: int | None = None) -> None:
+def _one_run(config: RunConfig, data: Documents, *, channels: int, dies_after: int | None = None) -> None:
     folder = RunFolder(Path(config.run.dir))
     if dist.get_rank() == 0:
         folder.acquire()
     dist.barrier()
     trainer = _Fragile(
-        config, SyntheticCorpus(vocab=VOCAB), vocab=VOCAB, vocabulary="0" * 64, folder=folder,
+        config, data, vocab=VOCAB, vocabulary="0" * 64, channels=channels, folder=folder,
         rank=dist.get_rank(), report=lambda line: None,
     )  # fmt: skip
     trainer.dies_after = dies_after or 10**9
@@ -335,11 +355,20 @@ def _one_run(config: RunConfig, *, dies_after: int | None = None) -> None:
 
 
 def _resume_worker(place: str, world: int) -> dict[str, Any]:
-    """A run that dies twice (inside each stage) against one that does not: every loss, every parameter byte."""
     whole, broken = (tiny_config(Path(place), n, world=world) for n in ("whole", "broken"))
-    _one_run(whole)
+    return check_resume(whole, broken, SyntheticCorpus(vocab=VOCAB))
+
+
+def check_resume(
+    whole: RunConfig, broken: RunConfig, data: Documents, *, channels: int = 0, name: str = ""
+) -> dict[str, Any]:
+    """Law 3: a run that dies twice (inside each stage) against one that does not: every loss, every parameter byte.
+
+    channels: of the latents, for a dit; name: what to put before the row's name.
+    """
+    _one_run(whole, data, channels=channels)
     for dies_after in (2, 7, None):
-        _one_run(broken, dies_after=dies_after)
+        _one_run(broken, data, channels=channels, dies_after=dies_after)
     if dist.get_rank() != 0:
         return {}
     loss = [final_losses(Path(c.run.dir)) for c in (whole, broken)]
@@ -347,7 +376,7 @@ def _resume_worker(place: str, world: int) -> dict[str, Any]:
     tensors = [tensor_digests(Path(c.run.dir) / "checkpoints" / last) for c in (whole, broken)]
     differ = [s for s in loss[0] if loss[0][s] != loss[1].get(s)]
     return {
-        "law": 3, "layout": "died at steps 2 and 7, resumed",
+        "law": 3, "layout": f"{name}died at steps 2 and 7, resumed",
         "steps": len(loss[0]), "steps_with_other_loss": len(differ),
         "tensors": len(tensors[0]), "tensors_that_differ": sum(tensors[0].get(k) != v for k, v in tensors[1].items()),
         "holds": not differ and len(loss[0]) == whole.total_steps and tensors[0] == tensors[1],

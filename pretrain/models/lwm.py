@@ -9,7 +9,7 @@ head's cross-entropy are functions it is given (`attention`, `cross_entropy`), r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -98,7 +98,8 @@ class SelfAttention(nn.Module):
         """x [B, l, width] -> [B, l, width]; the number of heads is whatever this rank holds."""
         q, k, v = (w(x).flatten(0, 1).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rotary(q, ctx.cos, ctx.sin), apply_rotary(k, ctx.cos, ctx.sin)
-        return self.wo(ctx.attend(q, k, v).reshape(*x.shape[:-1], -1))
+        out = ctx.attend(q, k, v).flatten(1)
+        return self.wo(out.view(*x.shape[:-1], out.shape[-1]))
 
 
 class SwiGLU(nn.Module):
@@ -218,6 +219,32 @@ class LWM(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this part reads ids."""
+        return self.embed is not None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this part gives losses."""
+        return self.head is not None
+
+    def recomputable(self) -> Iterator[nn.Module]:
+        """Modules whose `forward` or `feed_forward` may be computed again in the backward."""
+        yield from self.layers.values()
+
+    def units(self) -> list[nn.Module]:
+        """Modules that are sharded each as one unit."""
+        return [m for m in (self.embed, *self.layers.values(), self.head) if m is not None]
+
+    def extra_rows(self, slots: int, segments: int) -> int:
+        """Rows that travel between the parts of a pipeline beside the hidden states of a pack's `slots`."""
+        return 0
+
+    def initial_value(self, name: str, size: tuple[int, ...], *, seed: int) -> Tensor:
+        """See the function of this name."""
+        return initial_value(name, size, seed=seed, layers=self.shape.layers)
 
     def keep_part(self, layers: range, *, first: bool, last: bool) -> None:
         """Drop all but these layers, the embedding (kept by the first part) and norm and head (by the last).

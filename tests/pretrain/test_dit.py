@@ -11,7 +11,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3DRope, QwenEmbedRope
 
 from ringweave.kernels.rotary import apply_interleaved, axes_table
-from ringweave.pretrain.models.dit import DiT, DiTShape, Streams
+from ringweave.pretrain.models.dit import LATENT, WORD, DiT, DiTShape
 from ringweave.pretrain.models.dit_positions import (
     Grid,
     coordinates,
@@ -62,30 +62,27 @@ class Case:
 
 def packed(model: DiT, cases: list[Case], preset: Any, *, padding: int = 5) -> list[torch.Tensor]:
     """All documents in one pack with some padding; the velocity of each."""
-    text_at, image_at, places, doc = [], [], [], []
+    size = sum(c.words + len(c.latents) for c in cases) + padding
+    kind, doc = torch.zeros(size, dtype=torch.int64), torch.full((size,), -1, dtype=torch.int32)
+    places = torch.zeros(size, 3, dtype=torch.int64)
+    latents, embeddings = torch.zeros(size, 16), torch.zeros(size, 24)
     at = 0
     for number, case in enumerate(cases):
-        words, latents = document_positions(case.grids, case.words, preset)
-        text_at += range(at, at + case.words)
-        image_at += range(at + case.words, at + case.words + len(latents))
-        at += case.words + len(latents)
-        places += [words, latents]
-        doc += [number] * (case.words + len(latents))
-    places.append(np.zeros((padding, 3), np.int32))
-    streams = Streams(
-        text_at=torch.tensor(text_at),
-        image_at=torch.tensor(image_at),
-        text_segment=torch.cat([torch.full((c.words,), n) for n, c in enumerate(cases)]),
-        image_segment=torch.cat([torch.full((len(c.latents),), n) for n, c in enumerate(cases)]),
-        positions=torch.from_numpy(np.concatenate(places)),
-    )
-    documents = torch.tensor([doc + [-1] * padding], dtype=torch.int32)
+        words, grids = document_positions(case.grids, case.words, preset)
+        text, image = slice(at, at + case.words), slice(at + case.words, at + case.words + len(grids))
+        kind[text], kind[image] = WORD, LATENT
+        places[text], places[image] = torch.from_numpy(words).long(), torch.from_numpy(grids).long()
+        latents[image], embeddings[text] = case.latents, case.text
+        doc[text], doc[image] = number, number
+        at = image.stop
     with torch.no_grad():
         out = model(
-            torch.cat([c.latents for c in cases]), torch.cat([c.text for c in cases]),
-            torch.tensor([c.sigma for c in cases]), streams, documents=documents,
-        )  # fmt: skip
-    return list(out.split([len(c.latents) for c in cases]))
+            kind[None], kind=kind[None], places=places[None], segment=doc.clamp(min=0).long()[None],
+            sigma=torch.tensor([[c.sigma for c in cases]]), documents=doc[None], words=(kind == WORD)[None],
+            latents=latents[None], embeddings=embeddings[None],
+        )[0]  # fmt: skip
+    assert not out[kind != LATENT].any()
+    return list(out[kind == LATENT].split([len(c.latents) for c in cases]))
 
 
 PLAIN = [
