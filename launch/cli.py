@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ringweave.launch import (
     commands_config,
     commands_data,
+    commands_eval,
     commands_run,
     commands_tokenizer,
     commands_vocabulary,
@@ -23,8 +25,23 @@ from ringweave.launch import (
 from ringweave.launch.console import Session, print_json, report_crash, report_error
 from ringweave.tokenizers.errors import EXIT_CONFIG, UserError
 
+
+class Commands(TyperGroup):
+    """Finds commands of two words too: `eval rgba A B` is the command of that name, `eval RUN` stays `eval`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the arguments name, and what is left of them."""
+        for at, word in enumerate(args[1:], 1):
+            if not word.startswith("-") and f"{args[0]} {word}" in self.commands:
+                args = [f"{args[0]} {word}", *args[1:at], *args[at + 1 :]]
+            if not word.startswith("-") or word == "--":
+                break
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="ringweave",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +64,7 @@ def _root(
 
 
 commands_run.register(app)
+commands_eval.register(app)
 commands_data.register(app)
 commands_tokenizer.register(app)
 commands_vocabulary.register(app)

@@ -246,7 +246,10 @@ def _short(value: Any) -> str:
 
 
 def evaluate(ctx: typer.Context, run: RunArgument, as_json: JsonOption = False) -> None:
-    """Loss of the newest checkpoint on held-out records, by modality, beside the unigram entropy."""
+    """Loss of the newest checkpoint on held-out records, by modality, beside the unigram entropy.
+
+    `ringweave eval rgba` compares folders of RGBA pictures instead; a run folder of that name is given as ./rgba.
+    """
     existing_run(run)
     ctx.obj.run_dir = run
     from ringweave.pretrain.evaluate import evaluate_run

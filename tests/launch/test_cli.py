@@ -43,6 +43,7 @@ COMMANDS = [
     ["launch"],
     ["verify"],
     ["eval"],
+    ["eval", "rgba"],
     ["export"],
     ["sample"],
     ["report"],
