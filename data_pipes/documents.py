@@ -15,6 +15,7 @@ seen, but without loss (`("caption?", "image")`).
 | video   | mp4, webm, mkv or mov                               | the one member                      |
 | symbolic | musicxml, mxl or xml: LMX words                   | the one member                      |
 | midi    | mid or midi: events                                 | the one member                      |
+| latents | layer0.png ... and more, as continuous latents      | a view: `latents:layers`            |
 | fields  | json, a record of LWM's JSONL: one or more segments | a field list: `fields:[ask],answer` |
 
 Where several members fit, the first in the table wins. Arguments of text and caption: `caption:json.caption`
@@ -22,27 +23,40 @@ reads a field of the json member (`json.meta.title` and `json.captions.0` reach 
 member, `caption:cls=cat|dog` the name of its number, `caption:cls@names.txt` the same from a file beside the
 shards, `text:md` the member md. A missing field and an empty caption are errors of that sample.
 
+A plan with `latents` holds nothing else but words, which are a condition there; see `layer_documents.py`.
+
 Pixels and sound are brought to the tokenizers' form in integers, so ids cannot depend on the machine.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ringweave.data_pipes.formats import fields_segments, member_of, missing_member, text_of
-from ringweave.data_pipes.plan_items import CLIPS, ITEMS, PICTURES, SHEETS, SONGS, SOUNDS, Entry, parse_entry
+from ringweave.data_pipes.formats import fields_segments, member_of, text_of
+from ringweave.data_pipes.layer_documents import latents_document, layers_of
+from ringweave.data_pipes.plan_items import (
+    CLIPS,
+    ITEMS,
+    PICTURES,
+    SHEETS,
+    SONGS,
+    SOUNDS,
+    WORDS,
+    Entry,
+    of_latents,
+    parse_entry,
+)
 from ringweave.data_pipes.sample import Sample
 from ringweave.tokenizers import media
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.members import as_grey, as_mono, as_rgb, as_rgba
+from ringweave.tokenizers.members import as_grey, as_mono, as_rgb
 from ringweave.tokenizers.segment import Document, Role, Segment
 
-_LAYER = re.compile(r"layer(\d+)\.png")
+__all__ = ["Tokenizers", "encode_sample", "layers_of", "parse_plan"]
 
 
 class Tokenizers(Protocol):
@@ -86,6 +100,7 @@ class Tokenizers(Protocol):
         role: Role = ...,
         weight: float = ...,
     ) -> Segment: ...
+    def encode_layer(self, layer: NDArray[np.uint8]) -> NDArray[np.float32]: ...
     def document(self, key: str, segments: list[Segment]) -> Document: ...
 
 
@@ -108,20 +123,6 @@ def _image(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[s
 def _score(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
     data, where = _media(sample, entry, PICTURES)
     return tokenizers.score_segment(as_grey(media.decode_image(data, where=where)), **options)
-
-
-def layers_of(sample: Sample, item: str = "rgba") -> list[NDArray[np.uint8]]:
-    """uint8 [H, W, 4] of layer0.png, layer1.png, ...: bottom first. DataError for a gap or other sizes."""
-    numbers = sorted(int(m[1]) for m in map(_LAYER.fullmatch, sample.members) if m)
-    names = [f"layer{n}.png" for n in range(len(numbers))]
-    if not names or any(name not in sample.members for name in names):
-        raise missing_member(sample, item, "layer0.png, layer1.png, ... without a gap")
-    layers = [as_rgba(media.decode_image(sample.members[n], where=f"{sample.where}:{n}")) for n in names]
-    shapes = {layer.shape for layer in layers}
-    if len(shapes) > 1:
-        sizes = ", ".join(f"{layer.shape[1]}x{layer.shape[0]}" for layer in layers)
-        raise DataError("layers of different sizes", where=sample.where, why=sizes)
-    return layers
 
 
 def _rgba(sample: Sample, entry: Entry, tokenizers: Tokenizers, options: dict[str, Any]) -> Segment:
@@ -166,19 +167,26 @@ _ITEMS: dict[str, Callable[[Sample, Entry, Tokenizers, dict[str, Any]], Segment]
 def parse_plan(plan: Sequence[str]) -> list[tuple[str, Role]]:
     """[(item with its argument, role)] of a plan.
 
-    Raises DataError for an unknown item, a bad argument and for nothing to train on.
+    Raises DataError for an unknown item, a bad argument, items that cannot stand together and for nothing to train on.
     """
     shown = ", ".join(entry[:40] for entry in plan)
-    parsed: list[tuple[str, Role]] = []
+    found: list[Entry] = []
     for text in plan:
         try:
-            entry = parse_entry(text)
+            found.append(parse_entry(text))
         except ValueError as error:
             kind = "unknown" if text.removesuffix("?").partition(":")[0] not in ITEMS else "bad"
             raise DataError(
                 f"{kind} plan item {text[:80]!r}", where=f"plan [{shown}]", fix=str(error)
             ) from None
-        parsed.append((entry.text, "condition" if entry.condition else "target"))
+    try:
+        latents = of_latents(found)
+    except ValueError as error:
+        raise DataError("a plan that makes no document", where=f"plan [{shown}]", why=str(error)) from None
+    parsed: list[tuple[str, Role]] = []
+    for entry in found:
+        seen = entry.condition or (latents and entry.item in WORDS)
+        parsed.append((entry.text, "condition" if seen else "target"))
     if not any(role == "target" for _, role in parsed):
         raise DataError("a plan without anything to train on", where=f"plan [{shown}]")
     return parsed
@@ -190,11 +198,12 @@ def encode_sample(sample: Sample, plan: Sequence[str], tokenizers: Tokenizers) -
     Raises DataError for an unknown plan item, a missing member or field and whatever cannot be decoded,
     always naming the sample.
     """
-    items = parse_plan(plan)
+    items = [(parse_entry(text), role) for text, role in parse_plan(plan)]
     try:
+        if any(entry.item == "latents" for entry, _ in items):
+            return latents_document(sample, items, tokenizers)
         segments: list[Segment] = []
-        for text, role in items:
-            entry = parse_entry(text)
+        for entry, role in items:
             if entry.item == "fields":
                 segments += fields_segments(sample, entry, tokenizers)
                 continue

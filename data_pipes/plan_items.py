@@ -1,17 +1,21 @@
 """The grammar of plan entries: `item`, `item:argument`, and either with a trailing "?" for a condition.
 
 No numpy and no decoder is imported here, so that a config can be checked before anything heavy loads.
-`documents.py` says what each item reads; `formats.py` holds the forms of public sets.
+`documents.py` says what each item reads; `formats.py` holds the forms of public sets; `layer_views.py` makes the
+views that `latents` names.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: Every item a plan may name, in the order of the docs.
-ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video", "symbolic", "midi", "fields")
+ITEMS = (
+    "text", "caption", "image", "rgba", "score", "audio", "video", "symbolic", "midi", "latents", "fields",
+)  # fmt: skip
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 SOUNDS = ("flac", "wav", "ogg", "mp3")
@@ -26,6 +30,15 @@ _ENDINGS = {
     "symbolic": SHEETS,
     "midi": SONGS,
 }
+#: What `latents:` may name beside layer0, layer1, ... and a member: views of the record's layers, then its picture and
+#: its clip.
+LAYER_VIEWS = (
+    "layers", "composite", "background", "foreground", "alpha", "trimap", "mask",
+    "top", "top_mask", "lower", "removed",
+)  # fmt: skip
+VIEWS = (*LAYER_VIEWS, "image", "video")
+ONE_LAYER = re.compile(r"layer(0|[1-9]\d{0,3})")
+_LAYER_FILE = re.compile(r"layer\d+\.png")
 _MEMBER = re.compile(r"[^\s/\\?:,\x00-\x1f]+")
 #: Bytes of one entry; a class list of ImageNet's 1,000 names takes about 30,000.
 _MAX_ENTRY = 1 << 20
@@ -55,6 +68,8 @@ def parse_entry(entry: str) -> Entry:
         raise ValueError("nothing stands behind the colon")
     if argument:
         _check_argument(item, argument)
+    if item == "latents" and not argument:
+        raise ValueError(f"name a view, as in `latents:layers`: {_KNOWN_VIEWS}")
     if item == "fields" and condition:
         raise ValueError("`fields` marks its own conditions: put [brackets] around a field without loss")
     return Entry(item, argument, condition)
@@ -66,6 +81,9 @@ def _check_argument(item: str, argument: str) -> None:
         return
     if item == "rgba":
         raise ValueError("`rgba` takes no argument: it reads layer0.png, layer1.png, ...")
+    if item == "latents":
+        _check_view(argument)
+        return
     if item in _ENDINGS:
         endings = _ENDINGS[item]
         if not _MEMBER.fullmatch(argument) or argument.rpartition(".")[2] not in endings:
@@ -80,6 +98,33 @@ def _check_argument(item: str, argument: str) -> None:
         raise ValueError(f"`{item}:` takes a member (`txt`), a field (`json.caption`) or `cls`")
     if argument in ("cls=", "cls@"):
         raise ValueError("nothing stands behind `cls`")
+
+
+def read_by_view(view: str) -> str:
+    """What a view of `latents` is made of: "video", "image", or "rgba", the record's layers."""
+    ending = view.rpartition(".")[2]
+    if view == "video" or ending in CLIPS:
+        return "video"
+    return "image" if view == "image" or ending in PICTURES else "rgba"
+
+
+#: In messages.
+_KNOWN_VIEWS = f"{', '.join(VIEWS)}, or one layer (`layer0` is the bottom)"
+
+
+def _check_view(argument: str) -> None:
+    """ValueError unless `latents:` takes the argument: a view, a layer, or a member with a picture or clip."""
+    if argument in VIEWS or ONE_LAYER.fullmatch(argument):
+        return
+    if _LAYER_FILE.fullmatch(argument):
+        raise ValueError(f"a layer is named without its ending: `latents:{argument.removesuffix('.png')}`")
+    if _MEMBER.fullmatch(argument) and argument.rpartition(".")[2] in (*PICTURES, *CLIPS):
+        return
+    near = difflib.get_close_matches(argument, VIEWS, n=1)
+    hint = f"did you mean `latents:{near[0]}`? " if near else ""
+    raise ValueError(
+        f"{hint}`latents:` takes a view ({_KNOWN_VIEWS}), or a member that ends in {', '.join((*PICTURES, *CLIPS))}"
+    )
 
 
 def split_json(argument: str) -> tuple[str | None, str]:
@@ -108,6 +153,28 @@ def parse_fields(spec: str) -> list[tuple[str, bool]]:
             raise ValueError(f"bad field {entry!r}: write it as `[question],answer`")
         parsed.append((field, not free))
     return parsed
+
+
+#: Items that hold words.
+WORDS = ("text", "caption")
+
+
+def of_latents(plan: Sequence[Entry]) -> bool:
+    """Whether a plan makes documents of latents. Words are always a condition in those, marked or not.
+
+    ValueError for a plan that holds other items beside them, or no latents to train on.
+    """
+    if not any(entry.item == "latents" for entry in plan):
+        return False
+    strange = [entry.text for entry in plan if entry.item not in ("latents", *WORDS)]
+    if strange:
+        raise ValueError(
+            f"{strange[0][:80]!r} cannot stand beside latents: a document of latents holds only those and words "
+            "(text, caption); `latents:image` reads a picture"
+        )
+    if all(entry.condition for entry in plan if entry.item == "latents"):
+        raise ValueError("no latents to train on: leave the `?` off what is to be generated")
+    return True
 
 
 def entries(plan: Sequence[str]) -> list[Entry]:

@@ -47,13 +47,13 @@ def index_shards(shards: Sequence[Shard], policy: dict[str, Any], progress: Prog
 
 def plans_of(
     shards: Sequence[Shard], target: str, config: Path | None, store: Store
-) -> dict[Shard, list[str]]:
-    """The plan of each shard: by the config's patterns, else by the source's name. Others are left out."""
+) -> dict[Shard, list[list[str]]]:
+    """The plans of each shard: by the config's patterns, else by the source's name. Others are left out."""
     from ringweave.pretrain.config import DEFAULT_PLANS, load_config
 
     if config is None:
         plans = {
-            shard: list(DEFAULT_PLANS[source_of(shard)])
+            shard: [list(DEFAULT_PLANS[source_of(shard)])]
             for shard in shards
             if source_of(shard) in DEFAULT_PLANS
         }
@@ -69,7 +69,7 @@ def plans_of(
 
     settings = load_config(config).data
     known = {_identity(shard): shard for shard in shards}
-    found: dict[Shard, list[str]] = {}
+    found: dict[Shard, list[list[str]]] = {}
 
     def collect(settings: DataSection, *, missing_ok: bool = False) -> None:
         for source in settings.sources:
@@ -77,7 +77,9 @@ def plans_of(
             for heldout in (False, True):
                 with contextlib.suppress(DataError) if missing_ok else contextlib.nullcontext():
                     for shard in source_shards(settings, source, store, heldout=heldout):
-                        found[known.get(_identity(shard), shard)] = plan
+                        plans = found.setdefault(known.get(_identity(shard), shard), [])
+                        if plan not in plans:  # sources of one set of shards: the tasks of one
+                            plans.append(plan)
 
     folder = Path(target).is_dir()
     collect(settings, missing_ok=folder)  # of a folder, shards of other sources are not asked for
@@ -104,21 +106,21 @@ def make_tokens(
     shards: Sequence[Shard],
     tokenizers_dir: Path,
     *,
-    plans: dict[Shard, list[str]],
+    plans: dict[Shard, list[list[str]]],
     store_tokens: bool,
     folder: Path | None,
     progress: Progress,
 ) -> list[str]:
-    """Makes the lengths of all shards that have a plan, unless told otherwise their token caches too; gives the files.
+    """Makes lengths of all shards by each of their plans, unless told otherwise token caches too; gives the files.
 
     folder: where they go if they cannot lie beside the shard.
     """
     from ringweave.data_pipes.make_lengths import make_lengths
 
     tokenizers = load_tokenizers(tokenizers_dir)
-    chosen = [shard for shard in shards if shard in plans]
+    chosen = [(shard, plan) for shard in shards for plan in plans.get(shard, [])]
     written = []
-    for done, shard in enumerate(chosen):
+    for done, (shard, plan) in enumerate(chosen):
         message = f"tokens of {name_of(shard)}"
         progress(message, done, len(chosen))
 
@@ -126,7 +128,7 @@ def make_tokens(
             progress(message, done + round(samples / max(1, count), 2), len(chosen))
 
         path = make_lengths(
-            shard, plans[shard], tokenizers, store_tokens=store_tokens, folder=folder, progress=inside
+            shard, plan, tokenizers, store_tokens=store_tokens, folder=folder, progress=inside
         )
         written.append(str(path))
     progress("tokens", len(chosen), len(chosen))

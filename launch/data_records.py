@@ -102,7 +102,7 @@ def _as_planned(sample: Any, plan: tuple[str, ...]) -> dict[str, bytes]:
             for field, _ in record_fields(record, entry.argument, key=sample.key, where=where):
                 value = field_value(record, field, where=where)
                 words += [value] if isinstance(value, str) else []
-        elif entry.argument:
+        elif entry.argument and entry.item != "latents":
             ending = entry.argument.rpartition(".")[2]
             members = {ending: member_of(sample, entry.text, (entry.argument,))}
     return members | ({"txt": "\n".join(words).encode()} if words else {})
@@ -111,18 +111,34 @@ def _as_planned(sample: Any, plan: tuple[str, ...]) -> dict[str, bytes]:
 def records_by_modality(config: Path, *, heldout: bool = False) -> dict[str, PlannedRecords]:
     """`{modality: records}` of the sources of a config, by what their plans hold beside text."""
     from ringweave.data_pipes.formats import resolve_plan
-    from ringweave.data_pipes.plan_items import parse_entry
+    from ringweave.data_pipes.plan_items import WORDS, parse_entry, read_by_view
+    from ringweave.data_pipes.shard_names import address_of
     from ringweave.pretrain.config import load_config
     from ringweave.pretrain.data_store import source_shards, store_of_data
 
     data = load_config(config).data
     store = store_of_data(data)
     groups: dict[str, PlannedRecords] = {}
-    for source in data.sources:
-        items = [parse_entry(entry).item for entry in source.plan]
-        media = [item for item in items if item not in ("text", "caption", "fields")] or ["text"]
+    taken: set[tuple[str, str]] = set()
+    # Tasks read the same layers: each shard once, with its captions if any of them has some.
+    for source in sorted(data.sources, key=lambda source: not _has(source.plan, WORDS)):
+        entries = [parse_entry(entry) for entry in source.plan]
+        media = [
+            read_by_view(e.argument) if e.item == "latents" else e.item
+            for e in entries
+            if e.item not in (*WORDS, "fields")
+        ] or ["text"]
         for shard in source_shards(data, source, store, heldout=heldout):
             for modality in dict.fromkeys(media):
+                if _has(source.plan, ("latents",)) and (modality, address_of(shard)) in taken:
+                    continue
+                taken.add((modality, address_of(shard)))
                 plan = resolve_plan(source.plan, data.dir)
                 groups.setdefault(modality, PlannedRecords()).parts.append((shard, plan))
     return dict(sorted(groups.items()))
+
+
+def _has(plan: tuple[str, ...], items: tuple[str, ...]) -> bool:
+    from ringweave.data_pipes.plan_items import parse_entry
+
+    return any(parse_entry(entry).item in items for entry in plan)

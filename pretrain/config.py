@@ -188,7 +188,7 @@ _EXPECTED = {
 
 def _near_word(given: Any, expected: str) -> str:
     """A suggestion for a mistyped word of a fixed set (plan items, modalities)."""
-    if isinstance(given, dict):
+    if isinstance(given, dict) and "modalities" in expected:
         given = next((name for name in given if name not in MODALITIES), "")
         allowed = list(MODALITIES)
     elif "plan items" in expected:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ringweave.data_pipes.plan_items import ITEMS, entries, of_latents, parse_entry
+from ringweave.pretrain.source_weights import parts_of, stage_shares
 
 if TYPE_CHECKING:
     from ringweave.pretrain.config_schema import Layout, ModelSection, RunConfig, Stage
@@ -196,14 +197,18 @@ def _data_problems(config: RunConfig) -> Iterator[Finding]:
     for i, stage in enumerate(config.stages):
         if stage.weights is None:
             continue
-        for name in stage.weights:
-            if name not in names:
+        known: dict[str, float] = {}
+        for name, weight in stage.weights.items():
+            try:
+                parts_of(name, config.data.sources, stage.weights)
+                known[name] = weight
+            except ValueError as error:
                 yield (
                     ("stages", i, "weights", name),
-                    f"weights of stage {i} name an unknown source {name!r}",
+                    f"weights of stage {i} {error}",
                     f"sources are {', '.join(names)}",
                 )
-        if not any(stage.weights.get(name, 0) > 0 for name in names):
+        if not any(share > 0 for share in stage_shares(config.data.sources, known).values()):
             yield (
                 ("stages", i, "weights"),
                 f"weights of stage {i} leave no source",

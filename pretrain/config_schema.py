@@ -18,6 +18,7 @@ from ringweave.pretrain.config_checks import LOOPED, CrossFieldError, cross_prob
 from ringweave.pretrain.config_data import DataSection
 from ringweave.pretrain.config_layouts import with_suggestions
 from ringweave.pretrain.errors import redact
+from ringweave.pretrain.source_weights import stage_shares
 from ringweave.pretrain.units import Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
 
 #: Names of tokenizers/segment.py's MODALITIES; repeated here so that reading a config imports no numpy.
@@ -289,7 +290,8 @@ class RunConfig(Section):
     def stage_weights(self, stage: int) -> dict[str, float]:
         """Share of each source in stage `stage`, summing to 1. An override names all sources it wants."""
         override = self.stages[stage].weights
-        raw = {s.name: s.weight if override is None else override.get(s.name, 0.0) for s in self.data.sources}
+        sources = self.data.sources
+        raw = {s.name: s.weight for s in sources} if override is None else stage_shares(sources, override)
         total = sum(raw.values())
         return {name: weight / total for name, weight in raw.items()}
 

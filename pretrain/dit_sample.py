@@ -25,6 +25,7 @@ from ringweave.tokenizers.manifest import BOS
 
 F32 = NDArray[np.float32]
 Solver = Literal["euler", "heun"]
+SOLVERS: tuple[Solver, ...] = ("euler", "heun")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

