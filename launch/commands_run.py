@@ -282,7 +282,7 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as a model folder that `transformers` loads."""
+    """Write a checkpoint as a model folder that `transformers` loads, or `diffusers` for a run of kind dit."""
     existing_run(run)
     ctx.obj.run_dir = run
     from ringweave.pretrain.export import export_run
@@ -301,23 +301,54 @@ def sample(
         list[str] | None, typer.Option("--prompt", help="Text to go on from. Repeatable.")
     ] = None,
     modality: Annotated[
-        list[str] | None, typer.Option("--modality", help="Modality to make. Repeatable.")
+        list[str] | None, typer.Option("--modality", help="Of an lwm: modality to make. Repeatable.")
     ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="Of a dit: held-out source to make anew. Repeatable.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Of a dit: documents of each source.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Of a dit: steps from noise to picture.")] = 20,
+    guidance: Annotated[
+        float, typer.Option(help="Of a dit: 1 is none, more follows the words closer.")
+    ] = 4.0,
+    solver: Annotated[str, typer.Option(help="Of a dit: euler, or heun with two passes a step.")] = "euler",
+    seed: Annotated[int, typer.Option(min=0, help="Of a dit: another seed, other pictures.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; default RUN/samples.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the newest checkpoint write text and draw images."""
+    """Let the newest checkpoint write text and draw images; a dit makes layers, of words or held-out records."""
     existing_run(run)
     ctx.obj.run_dir = run
-    from ringweave.pretrain.sample import sample_run
+    printer, out = Output(as_json), out or run / "samples"
+    if _kind(run) == "dit":
+        from ringweave.pretrain.dit_sample import SOLVERS, SampleSettings
+        from ringweave.pretrain.sample_dit import sample_diffusion
 
-    printer = Output(as_json)
-    result = sample_run(run, prompt or [], modality or [], out or run / "samples")
+        if solver not in SOLVERS:
+            raise ConfigError(
+                f"no solver is called {solver[:40]!r}", where="--solver", fix=" or ".join(SOLVERS)
+            )
+        settings = SampleSettings(steps=steps, guidance=guidance, solver=solver, seed=seed)  # type: ignore[arg-type]
+        result = sample_diffusion(
+            run, prompt or [], out, sources=source or [], count=count, settings=settings
+        )
+    else:
+        from ringweave.pretrain.sample import sample_run
+
+        result = sample_run(run, prompt or [], modality or [], out)
     for name, value in result.items():
         printer.say(f"{name}: {_plain(value)}")
     printer.result(result)
+
+
+def _kind(run: Path) -> str:
+    """The backbone of a run; "lwm" where its config does not say."""
+    from ringweave.pretrain.config import load_config
+
+    file = run / "config.yaml"
+    return load_config(file).model.kind if file.is_file() else "lwm"
 
 
 def report(ctx: typer.Context, run: RunArgument, as_json: JsonOption = False) -> None:

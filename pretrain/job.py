@@ -52,13 +52,15 @@ def main(config: RunConfig, *, allow_change: bool = False) -> int:
     return run_rank(config, load, allow_change=allow_change)
 
 
-def run_rank(config: RunConfig, load: Callable[[], Data], *, allow_change: bool = False) -> int:
-    """As `main`, on the data that `load` gives."""
+def run_rank(
+    config: RunConfig, load: Callable[[], Data], *, allow_change: bool = False, channels: int | None = None
+) -> int:
+    """As `main`, on the data that `load` gives. channels: of its latents, where the vocabulary does not tell."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = RunFolder(Path(config.run.dir))
     failure = Failure(config, folder, rank, world)
     try:
-        return _train(config, load, failure, allow_change)
+        return _train(config, load, failure, allow_change, channels)
     except UserError as e:
         return failure.raised(e)
     except Exception as e:
@@ -71,7 +73,13 @@ def run_rank(config: RunConfig, load: Callable[[], Data], *, allow_change: bool 
         folder.release()
 
 
-def _train(config: RunConfig, load: Callable[[], Data], failure: Failure, allow_change: bool) -> int:
+def _train(
+    config: RunConfig,
+    load: Callable[[], Data],
+    failure: Failure,
+    allow_change: bool,
+    channels: int | None,
+) -> int:
     rank, world, folder = failure.rank, failure.world, failure.folder
     corpus, vocab, vocabulary = load()
     try:
@@ -80,7 +88,7 @@ def _train(config: RunConfig, load: Callable[[], Data], failure: Failure, allow_
         failure.watch()
         trainer = Trainer(
             config, corpus, vocab=vocab, vocabulary=vocabulary, folder=folder, rank=rank,
-            allow_change=allow_change,
+            allow_change=allow_change, channels=channels,
         )  # fmt: skip
         failure.shield()  # from here on the trainer handles signals
         code = trainer.run()
