@@ -21,6 +21,7 @@ from ringweave.pretrain.dit_batch import DiffusionSettings, collate_diffusion
 from ringweave.pretrain.flow import VALIDATION_LEVELS
 from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.objectives import term_sums
+from ringweave.pretrain.parallelize import build_model
 from ringweave.tokenizers.segment import MODALITIES
 
 
@@ -67,10 +68,17 @@ def loss_by_level(
 def evaluate_dit(
     model: DiT, corpus: Documents, config: RunConfig, *, context: int, most: int
 ) -> dict[str, dict[str, Any]]:
-    """{modality: {"loss": mean over the levels, "by_sigma": {level: loss}}} of held-out documents."""
+    """{modality: {"loss": mean over the levels, "by_sigma": {level: loss}, "untrained_by_sigma"}} of held-out
+    documents; untrained: of the same model as it was before its first step."""
     settings = diffusion_settings(config, len(config.stages) - 1)
-    found = loss_by_level(model, heldout_packs(corpus, context=context, most=most), settings)
+    packs = heldout_packs(corpus, context=context, most=most)
+    fresh = build_model(model.shape, None, seed=config.run.seed).eval()
+    found, before = (loss_by_level(which, packs, settings) for which in (model, fresh))
     return {
-        name: {"loss": float(np.mean(list(losses.values()))), "by_sigma": losses}
+        name: {
+            "loss": float(np.mean(list(losses.values()))),
+            "by_sigma": losses,
+            "untrained_by_sigma": before[name],
+        }
         for name, losses in found.items()
     }

@@ -137,9 +137,14 @@ def logit_difference(model: LWM, folder: Path, *, length: int = 128) -> float:
 def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = None) -> dict[str, Any]:
     """Export a run's checkpoint to `out` (default RUN/export): a Llama folder with tokenizers and manifest.
 
-    The folder appears whole, by a rename, after transformers has loaded it and agreed on the logits.
+    The folder appears whole, by a rename, after transformers has loaded it and agreed on the logits. A run of kind dit
+    becomes a diffusers folder instead: see `export_dit.py`.
     """
-    model, saved, config = load_decoder(run_dir, step=step)
+    model, saved, config = load_run(run_dir, step=step)
+    if isinstance(model, DiT):
+        from ringweave.pretrain.export_dit import export_loaded
+
+        return export_loaded(model, saved, config, out=out or run_dir / "export")
     if config.model.attention == "prefix":
         raise ConfigError(
             "the model cannot be exported",
