@@ -66,7 +66,7 @@ def _latents(sample: Sample, plan: Sequence[Entry], tokenizers: Any) -> int | No
         if entry.item in WORDS:
             continue
         made_of = read_by_view(entry.argument)
-        wanted = ("layer0.png",) if made_of == "rgba" else (entry.argument,)
+        wanted: tuple[str, ...] = ("layer0.png",) if made_of == "rgba" else (entry.argument,)
         wanted = (*PICTURES, "flat.png") if entry.argument == "image" else wanted
         size = None if made_of == "video" else _size(member_of(sample, entry.text, wanted))
         if size is None:

@@ -257,6 +257,17 @@ def evaluate(ctx: typer.Context, run: RunArgument, as_json: JsonOption = False) 
     printer = Output(as_json)
     result = evaluate_run(run)
     heldout = result.get("heldout", {})
+    if any("by_sigma" in item for item in heldout.values()):
+        levels = list(next(iter(heldout.values()))["by_sigma"])
+        rows = [
+            (f"{name}{what}", *(_number(item[key][level]) for level in levels))
+            for name, item in heldout.items()
+            for what, key in (("", "by_sigma"), (", untrained", "untrained_by_sigma"))
+        ]
+        title = f"{run}: held-out mean square error of velocities, by noise level"
+        printer.table(title, ("modality", *levels), rows)
+        printer.result(result)
+        return
     rows = [
         (name, *(_number(item.get(k)) for k in ("loss", "unigram_entropy", "tokens")))
         for name, item in heldout.items()
@@ -312,7 +323,10 @@ def sample(
         float, typer.Option(help="Of a dit: 1 is none, more follows the words closer.")
     ] = 4.0,
     solver: Annotated[str, typer.Option(help="Of a dit: euler, or heun with two passes a step.")] = "euler",
-    seed: Annotated[int, typer.Option(min=0, help="Of a dit: another seed, other pictures.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of a dit: another seed, other pictures; default that of the run."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; default RUN/samples.")
     ] = None,
@@ -323,6 +337,7 @@ def sample(
     ctx.obj.run_dir = run
     printer, out = Output(as_json), out or run / "samples"
     if _kind(run) == "dit":
+        from ringweave.pretrain.config import load_config
         from ringweave.pretrain.dit_sample import SOLVERS, SampleSettings
         from ringweave.pretrain.sample_dit import sample_diffusion
 
@@ -330,7 +345,8 @@ def sample(
             raise ConfigError(
                 f"no solver is called {solver[:40]!r}", where="--solver", fix=" or ".join(SOLVERS)
             )
-        settings = SampleSettings(steps=steps, guidance=guidance, solver=solver, seed=seed)  # type: ignore[arg-type]
+        chosen = load_config(run / "config.yaml").run.seed if seed is None else seed
+        settings = SampleSettings(steps=steps, guidance=guidance, solver=solver, seed=chosen)  # type: ignore[arg-type]
         result = sample_diffusion(
             run, prompt or [], out, sources=source or [], count=count, settings=settings
         )

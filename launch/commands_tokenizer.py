@@ -49,7 +49,9 @@ def train(
     learn: Annotated[
         str,
         typer.Option(
-            "--learn", metavar="LIST", help="Train these as convolutions too: image,rgba,audio,score."
+            "--learn",
+            metavar="LIST",
+            help="Train these as convolutions too: image,rgba,audio,score; latents trains the autoencoder of layers.",
         ),
     ] = "",
     steps: Annotated[int, typer.Option("--steps", min=1, help="With --learn: steps of each codec.")] = 2000,

@@ -34,7 +34,7 @@ def add(
         list[str],
         typer.Argument(
             metavar="CODEC...",
-            help="symbolic, midi, image=FOLDER or audio=FOLDER[,books=4] of weights from outside.",
+            help="symbolic, midi; image=FOLDER, audio=FOLDER[,books=4] or latents=FOLDER of weights from outside.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the new tokenizer set.")],
@@ -59,6 +59,10 @@ def add(
     added = [block for block in manifest.blocks if block.codec in names]
     for block in added:
         printer.say(f"{block.name}: ids {block.start:,} to {block.stop - 1:,}")
+    for name in names:
+        if not any(block.codec == name for block in added):
+            about = manifest.preprocessing[name]
+            printer.say(f"{name}: no ids; cells of {about['patch']} pixels, {about['channels']} channels")
     printer.say(f"wrote {out}: {manifest.size:,} ids, vocabulary {manifest.hash[:12]}")
     blocks = [{"name": block.name, "start": block.start, "size": block.size} for block in added]
     printer.result({"out": str(out), "hash": manifest.hash, "size": manifest.size, "added": blocks})
@@ -68,9 +72,14 @@ def parse_codec(text: str) -> tuple[str, Path | None, dict[str, Any]]:
     """`midi`, `audio=FOLDER` or `audio=FOLDER,books=4` as (name, folder, options). ConfigError for anything else."""
     head, *settings = text.split(",")
     name, _, folder = head.partition("=")
-    known = {"midi": ("velocity_bins",), "symbolic": (), "image": ("pixels",), "audio": ("books", "channels")}
+    known = {
+        "midi": ("velocity_bins",), "symbolic": (), "image": ("pixels",), "audio": ("books", "channels"),
+        "latents": (),
+    }  # fmt: skip
     if name not in known:
-        raise ConfigError(f"unknown codec {name!r}", fix="name symbolic, midi, image=FOLDER or audio=FOLDER")
+        raise ConfigError(
+            f"unknown codec {name!r}", fix="name symbolic, midi, image=FOLDER, audio=FOLDER or latents=FOLDER"
+        )
     if (name in WORDS) == bool(folder):
         wants = "takes no folder" if name in WORDS else "needs the folder of its weights"
         raise ConfigError(
@@ -95,8 +104,11 @@ def _make(name: str, weights: Path | None, options: dict[str, Any]) -> Any:
     if name == "midi":
         return MidiCodec(**options)
     from ringweave.tokenizers.brought import Brought
+    from ringweave.tokenizers.latent_codec import LatentCodec
 
     assert weights is not None
+    if name == "latents":
+        return LatentCodec.from_diffusers(weights)
     return Brought.load(name, weights, **options)
 
 

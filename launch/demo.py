@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from ringweave.launch import demo_dit
 from ringweave.launch.commands_data import load_tokenizers, records_by_source
 from ringweave.launch.demo_proof import layout_proof, resume_proof, stage_proof, tokenizer_proof
 from ringweave.pretrain.config import RunConfig, load_config
@@ -91,14 +92,18 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     _make_room(out)
     overrides = [f"run.dir={out}", f"tokenizers.dir={out / 'tokenizers'}", f"data.dir={out / 'data'}"]
     config = load_config(RECIPE, overrides)
-    say = _Steps(9)
+    say = _Steps(11)
     with PeakMemory() as memory:
         proof: dict[str, Any] = {}
         data = _data(out, say, progress)
         figures = _tokenizers(out, config, say, progress)
         killed_at = _train(config, out, overrides, say)
         proof |= _after(config, out, say, data, figures, killed_at)
-        say.done("report")
+        say(
+            "training a diffusion transformer on layered scenes, exporting it to diffusers, cutting drawings out"
+        )
+        proof["dit"] = demo_dit.run_stage(out, _train_layers)
+        say.done("dit")
         proof["seconds"] = round(time.monotonic() - say.started, 1)
         proof["seconds_by_part"] = say.seconds
     proof["peak_rss_gib"] = round(memory.gib, 2)
@@ -148,15 +153,24 @@ def _tokenizers(out: Path, config: RunConfig, say: _Steps, progress: Progress) -
     from ringweave.tokenizers.show import show
 
     say(
-        f"fitting six tokenizers in closed form, then learning {' and '.join(LEARNED)} for {LEARNING_STEPS} steps"
+        f"fitting six tokenizers in closed form, then learning {' and '.join(LEARNED)} for {LEARNING_STEPS} steps "
+        f"and an autoencoder of layers for {demo_dit.VAE_STEPS}"
     )
     folder = out / "tokenizers"
-    train, heldout = (records_by_source(out / "data", split) for split in ("train", "heldout"))
+    train, heldout = (
+        {
+            name: some
+            for name, some in records_by_source(out / "data", split).items()
+            if name != demo_dit.SOURCE
+        }
+        for split in ("train", "heldout")
+    )
     fit_tokenizers(train, folder, progress=progress)
     before = measure(load_tokenizers(folder), {name: heldout[name] for name in LEARNED})
     learn_codecs(
         train, folder, names=list(LEARNED), schedule=Schedule(steps=LEARNING_STEPS), progress=progress
     )
+    demo_dit.learn_latents(out, folder, progress)
     tokenizers = load_tokenizers(folder)
     figures = measure(tokenizers, heldout)
     for name, figure in LEARNED.items():
@@ -196,9 +210,18 @@ def _train(config: RunConfig, out: Path, overrides: list[str], say: _Steps) -> i
     return killed_at
 
 
-def _start(overrides: list[str]) -> subprocess.Popen[bytes]:
+def _train_layers(overrides: list[str]) -> None:
+    """Train by the recipe of the diffusion stage to its end."""
+    code = _start(overrides, demo_dit.RECIPE).wait()
+    if code != 0:
+        raise DemoFailed(
+            f"training on layers ended with exit code {code}", fix="read the rank logs in dit/logs"
+        )
+
+
+def _start(overrides: list[str], recipe: Path = RECIPE) -> subprocess.Popen[bytes]:
     sets = [part for item in overrides for part in ("--set", item)]
-    argv = [sys.executable, "-m", "ringweave.launch.cli", "train", str(RECIPE), *sets]
+    argv = [sys.executable, "-m", "ringweave.launch.cli", "train", str(recipe), *sets]
     return subprocess.Popen(argv, start_new_session=True)
 
 
@@ -296,7 +319,7 @@ def _broken(proof: dict[str, Any]) -> list[str]:
         bad.append(f"layouts: {json.dumps(layouts)}")
     if proof["export"]["max_abs_logit_diff"] > 1e-5:
         bad.append(f"export: logits differ by {proof['export']['max_abs_logit_diff']:.2e}")
-    return bad
+    return bad + demo_dit.broken(proof["dit"])
 
 
 def _summary(proof: dict[str, Any], report: Path) -> None:
@@ -317,6 +340,7 @@ def _summary(proof: dict[str, Any], report: Path) -> None:
     loss, grad = layouts["max_rel_loss_diff"], layouts["max_rel_grad_diff"]
     print(f"layouts  loss within {loss:.1e}, gradients within {grad:.1e} of one process")
     print(f"export   {export['class']} in transformers, logits within {export['max_abs_logit_diff']:.1e}")
+    print(demo_dit.summary(proof["dit"]))
     print(f"took     {proof['seconds']:.0f} s, peak memory {proof['peak_rss_gib']:.1f} GiB")
     for line in _broken(proof):
         print(f"BROKEN   {line}")

@@ -37,6 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """{"modalities": {name: figures of `measure`, codec, kind, sha256}, "outside": [...], "machine", "vocabulary"}.
 
+    With "latents": the same figures of a codec that has no ids, where the set has one.
+
     Raises ConfigError if no source is of a modality the set has.
     """
     from ringweave.tokenizers.brought import Brought
@@ -51,6 +53,7 @@ def evaluate(
             "nothing to measure", why=f"sources: {', '.join(samples) or 'none'}; codecs: "
             f"{', '.join(tokenizers.codecs)}", fix="give held-out shards of a modality that the set has",
         )  # fmt: skip
+    latents = measured.pop("latents", None)
     for source, figures in measured.items():
         codec = codec_of(tokenizers, source)
         block = next(block for block in tokenizers.manifest.blocks if block.codec == codec)
@@ -61,7 +64,10 @@ def evaluate(
             "sha256": block.sha256,
             "brought": brought,
         }
-    return {
+    if latents is not None:
+        about = tokenizers.manifest.preprocessing["latents"]
+        latents = {"latents": latents | {name: about[name] for name in ("kind", "sha256", "patch")}}
+    return (latents or {}) | {
         "modalities": measured,
         "outside": [entry.to_json() for entry in OUTSIDE],
         "vocabulary": str(tokenizers.manifest.hash),
@@ -102,6 +108,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
     rest = [source for source in ("image", "video", "audio") if source not in facts["modalities"]]
     for source in rest:
         parts.append(f"**{_TITLES[source]}**\n\n{_table(_COLUMNS, _outside_rows(source))}")
+    if "latents" in facts:
+        parts.append(_latents_part(facts["latents"]))
     notes = (
         "Rates count all ids of a record in tokens, and log2 of the codebook's size for each id in bits; ids that end "
         "rows, frames and records count as tokens and carry no bits. Speeds are without the decoding of media files, "
@@ -109,6 +117,24 @@ def markdown(facts: Mapping[str, Any]) -> str:
         "rates and licences are as noted by others and unverified: read the licence that comes with the weights."
     )
     return "\n\n".join([*parts, notes]) + "\n"
+
+
+def _latents_part(figures: Mapping[str, Any]) -> str:
+    """The codec of continuous latents: it has no ids, so no tokens and no bits."""
+    row = [
+        f"`{_cell(figures['kind'])}`, file {figures['sha256'][:12]}",
+        "–",
+        "no record could be read",
+        "–",
+        "–",
+    ]
+    if figures["records"]:
+        row[1] = f"cells of {figures['patch']} pixels, {figures['numbers_per_pixel']:.2f} numbers a pixel"
+        row[2] = f"PSNR {figures['psnr_nine']:.1f} dB over nine grounds; alpha MAE {figures['alpha_mae']:.4f}"
+        row[4] = f"{_short(figures['encode_per_s'])}, {_short(figures['decode_per_s'])} records"
+    skipped = f", {figures['skipped']} skipped" if figures["skipped"] else ""
+    head = f"**Latents of RGBA layers** ({figures['records']} held-out records{skipped})"
+    return "\n\n".join([head, _table(_COLUMNS, [[*row, "that of its weights"]])])
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

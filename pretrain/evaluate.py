@@ -21,7 +21,7 @@ from ringweave.data_pipes.stream import PackStream
 from ringweave.pretrain.batch import collate
 from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.evaluate_dit import evaluate_dit
-from ringweave.pretrain.export import load_run
+from ringweave.pretrain.export import load_run, same_vocabulary
 from ringweave.pretrain.job import open_corpus
 from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.models.lwm import LWM
@@ -45,6 +45,7 @@ def evaluate_run(
     started = time.monotonic()
     torch.set_num_threads(os.cpu_count() or 1)  # alone on the machine, whatever training was told
     model, saved, config = load_run(run_dir)
+    same_vocabulary(saved, Path(config.tokenizers.dir))
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
     with (
         closing(open_corpus(config, manifest, heldout=True)) as heldout,

@@ -159,7 +159,7 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
     write_llama(model, making, context=context)
     tokenizers = Path(config.tokenizers.dir)
     if tokenizers.is_dir():
-        _same_vocabulary(saved, tokenizers)
+        same_vocabulary(saved, tokenizers)
         write_tokenizer(tokenizers, making, context=context)
     difference = logit_difference(model, making)
     record = {
@@ -177,7 +177,7 @@ def export_run(run_dir: Path, *, out: Path | None = None, step: int | None = Non
     return {**record, "path": str(out)}
 
 
-def _same_vocabulary(saved: checkpoint.Saved, tokenizers: Path) -> None:
+def same_vocabulary(saved: checkpoint.Saved, tokenizers: Path) -> None:
     """An export with ids that mean something else would be wrong in silence."""
     from ringweave.pretrain.resume import vocabulary_of
     from ringweave.tokenizers.manifest import VocabularyManifest, require_same

@@ -23,7 +23,7 @@ from ringweave.pretrain import checkpoint
 from ringweave.pretrain.backbone import flow_settings
 from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.errors import ConfigError
-from ringweave.pretrain.export import _same_vocabulary, load_run
+from ringweave.pretrain.export import load_run, same_vocabulary
 from ringweave.pretrain.export_proof import prove
 from ringweave.pretrain.flow import FlowSettings
 from ringweave.pretrain.import_dit import FORMAT, PRIVATE, llama_config, words_name
@@ -311,7 +311,7 @@ def _private(
     model: DiT, codec: LatentCodec | None, flow: FlowSettings, *, preset: Preset, sign: int
 ) -> dict[str, Any]:
     s = model.shape
-    latents = {"channels": s.channels, "out": s.out}
+    latents: dict[str, Any] = {"channels": s.channels, "out": s.out}
     if codec is not None:
         latents |= {
             "patch": codec.patch,
@@ -355,7 +355,7 @@ def export_loaded(model: DiT, saved: checkpoint.Saved, config: RunConfig, *, out
     m, folder = config.model, Path(config.tokenizers.dir)
     codec = None
     if folder.is_dir():
-        _same_vocabulary(saved, folder)
+        same_vocabulary(saved, folder)
         codec = TokenizerSet.load(folder).codecs.get("latents")
     plans = [(source.name, source.plan) for source in config.data.sources]
     # Plans of other things (data made in memory) tell nothing of conditions.

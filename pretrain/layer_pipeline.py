@@ -226,4 +226,5 @@ def _flow(about: dict[str, Any], *, where: str) -> FlowSettings:
     flow, names = about.get("flow"), {field.name for field in fields(FlowSettings)}
     if not isinstance(flow, dict) or set(flow) != names:
         raise VocabularyError("the settings of noise levels are damaged", where=where)
-    return FlowSettings(**{name: tuple(v) if isinstance(v, list) else v for name, v in flow.items()})
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in flow.items()}
+    return FlowSettings(**values)

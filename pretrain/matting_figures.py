@@ -16,7 +16,7 @@ from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.data_store import data_specs, store_of
 from ringweave.pretrain.dit_sample import SampleSettings
 from ringweave.pretrain.errors import ConfigError
-from ringweave.pretrain.export import load_run
+from ringweave.pretrain.export import load_run, same_vocabulary
 from ringweave.pretrain.job import open_corpus
 from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.rgba_metrics import matting, threshold_baseline
@@ -73,14 +73,15 @@ def matting_of_run(
 
     Raises ConfigError for a run of another kind.
     """
-    model, _, config = load_run(run_dir)
+    model, saved, config = load_run(run_dir)
     if not isinstance(model, DiT):
-        raise ConfigError("this run is no diffusion run", where=str(run_dir), why=f"kind: {config.model.kind}")
+        raise ConfigError(
+            "this run is no diffusion run", where=str(run_dir), why=f"kind: {config.model.kind}"
+        )
+    same_vocabulary(saved, Path(config.tokenizers.dir))
     tokenizers = TokenizerSet.load(Path(config.tokenizers.dir))
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
     settings = settings or SampleSettings(steps=8, guidance=1.0, seed=config.run.seed)
     with closing(open_corpus(config, manifest, heldout=True)) as corpus:
         made = make_heldout(model, corpus, config, tokenizers, source=source, count=count, settings=settings)
     return matting_figures(made, heldout_layers(config, source)), made
-
-

@@ -22,7 +22,7 @@ from ringweave.pretrain.backbone import diffusion_settings
 from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.dit_sample import SampleSettings, Wish, sample
 from ringweave.pretrain.errors import ConfigError
-from ringweave.pretrain.export import load_run
+from ringweave.pretrain.export import load_run, same_vocabulary
 from ringweave.pretrain.job import open_corpus
 from ringweave.pretrain.models.dit import DiT
 from ringweave.pretrain.models.dit_positions import Grid
@@ -173,16 +173,18 @@ def sample_diffusion(
 ) -> dict[str, Any]:
     """Make `count` held-out documents of each source of a run (or of `sources`), and a picture for each prompt.
 
-    Writes `SOURCE.png` with rows of given | made | true, `SOURCE/KEY/layerN.png`, `prompts.png`, and `samples.json`.
+    Writes `SOURCE.png` with rows of given | made | true, `SOURCE/made/KEY/layerN.png` and the same of true ones,
+    `prompts.png`, and `samples.json`.
     Raises ConfigError for a run of another kind and a source it does not have.
     """
 
-    model, _, config = load_run(run_dir)
+    model, saved, config = load_run(run_dir)
     if not isinstance(model, DiT):
         raise ConfigError(
             "this run is no diffusion run", where=str(run_dir), why=f"kind: {config.model.kind}"
         )
     settings = settings or SampleSettings(seed=config.run.seed)
+    same_vocabulary(saved, Path(config.tokenizers.dir))
     tokenizers = TokenizerSet.load(Path(config.tokenizers.dir))
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
     entries: list[dict[str, Any]] = []

@@ -30,6 +30,8 @@ TRAINING = (
     "tokenizers/learn_run.py",
     "tokenizers/learn_core.py",
     "tokenizers/learn_rgba.py",
+    "tokenizers/learn_vae.py",
+    "tokenizers/picture_vae.py",
 )
 #: Modules of torch-heavy folders that config mistakes go through, and so must not wait for torch.
 LIGHT = ("pretrain/config.py", "pretrain/errors.py", "launch/cli.py", "launch/plan.py", "launch/local.py")

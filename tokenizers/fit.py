@@ -25,8 +25,8 @@ from ringweave.tokenizers.video import VideoCodec
 __all__ = ["FitSizes", "fit_tokenizers", "measure"]
 
 Samples = Mapping[str, Iterable[Members]]
-#: Codecs that `learn_run.learn_codecs` can train beyond their closed form.
-LEARNABLE = ("image", "rgba", "audio", "score")
+#: Codecs that `learn_run.learn_codecs` can train, beyond their closed form; latents have none and are trained only.
+LEARNABLE = ("image", "rgba", "audio", "score", "latents")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class FitSizes:
     score_books: int = 1
     score_codes: int = 1024
     midi_velocity_bins: int = 32
+    latents_patch: int = 8  # pixels of a cell each way; 4, 8, 16, 32 or 64
+    latents_channels: int = 8  # of the autoencoder: a cell has four times as many
+    latents_base: int = 24  # its width
     video: bool = False  # later frames as what moved, where there is an image codec
     video_key_every: int = 0  # at most so many frames from one whole picture to the next; 0: no limit
     max_records: int = 2000
@@ -146,6 +149,11 @@ def training_images(reader: RecordReader) -> list[Any]:
     return images
 
 
+def training_layers(reader: RecordReader) -> list[Any]:
+    """Layers uint8 [H, W, 4] of all records."""
+    return [layer for record in reader("rgba", read.layers_of) for layer in record]
+
+
 def _fit_image(reader: RecordReader, sizes: FitSizes, seed: int) -> ImageCodec | None:
     images = training_images(reader)
     if not images:
@@ -154,7 +162,7 @@ def _fit_image(reader: RecordReader, sizes: FitSizes, seed: int) -> ImageCodec |
 
 
 def _fit_rgba(reader: RecordReader, sizes: FitSizes, seed: int) -> RgbaCodec | None:
-    layers = [layer for record in reader("rgba", read.layers_of) for layer in record]
+    layers = training_layers(reader)
     if not layers:
         return None
     return RgbaCodec.fit(

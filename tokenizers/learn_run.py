@@ -15,7 +15,14 @@ import torch.distributed as dist
 from ringweave.tokenizers import members as read
 from ringweave.tokenizers.audio import resample
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.fit import LEARNABLE, FitSizes, RecordReader, Samples, training_images
+from ringweave.tokenizers.fit import (
+    LEARNABLE,
+    FitSizes,
+    RecordReader,
+    Samples,
+    training_images,
+    training_layers,
+)
 from ringweave.tokenizers.learn import Schedule, Training
 from ringweave.tokenizers.learn_rgba import RgbaTraining
 from ringweave.tokenizers.learn_start import (
@@ -26,6 +33,7 @@ from ringweave.tokenizers.learn_start import (
     rgba_start,
     score_start,
 )
+from ringweave.tokenizers.learn_vae import VaeSchedule, VaeTraining, vae_config
 from ringweave.tokenizers.set import TokenizerSet
 
 #: Folder beside the codecs that holds the state of trainings that are not done.
@@ -45,6 +53,9 @@ def learn_codecs(
 ) -> dict[str, Any]:
     """Train the codecs `names` of the set in `folder` on `samples` and put them in the place of their closed forms.
 
+    "latents" is trained from nothing on the layers of "rgba" and the pictures of "image"; unless the schedule is a
+    `VaeSchedule`, it takes steps and seed of it.
+
     Every rank of a process group calls it with the same arguments; rank 0 writes. Stopped, it goes on from its last
     state when called again with the same settings. Returns {name: {"seconds", "steps", "loss", "resumed_at"}}. Raises
     DataError for a modality without records or of another kind, and for a training that diverges.
@@ -62,17 +73,14 @@ def learn_codecs(
         states.mkdir(parents=True, exist_ok=True)
     for name in names:
         say(f"preparing the {name} tokenizer")
-        start = _start(name, reader, sizes, net or NetSizes(), schedule.seed)
-        trainer = RgbaTraining if name == "rgba" else Training
-        mine = replace(schedule, commit=start.commit, decoder_only=start.decoder_only)
-        training = trainer(start.config, start.tensors, start.crops, mine)
+        training, finish = _prepared(name, reader, sizes, net or NetSizes(), schedule)
         state = states / f"{name}.safetensors"
         if state.exists():
             training.restore(state)
         resumed, started = training.step, time.perf_counter()
         _run(training, state, name, save_every_s, say)
         training.save(state)  # whole, should one of the others be stopped
-        done[name] = start.codec(training.tensors())
+        done[name] = finish()
         out[name] = {
             "seconds": round(time.perf_counter() - started, 2),
             "steps": training.step,
@@ -106,6 +114,27 @@ def _run(training: Training, state: Path, name: str, every_s: float, say: Callab
         torch.set_num_threads(threads)
 
 
+def _prepared(
+    name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, schedule: Schedule
+) -> tuple[Training, Callable[[], Any]]:
+    """The training of a codec before its first step, and what makes the codec of it after the last."""
+    if name == "latents":
+        if not isinstance(schedule, VaeSchedule):
+            crop = max(VaeSchedule.crop, 2 * sizes.latents_patch)
+            schedule = VaeSchedule(steps=schedule.steps, seed=schedule.seed, crop=crop)
+        config = vae_config(
+            base=sizes.latents_base, channels=sizes.latents_channels, patch=sizes.latents_patch
+        )
+        pictures = [read.as_rgba(picture) for picture in reader("image", read.image_of)]
+        vae = VaeTraining(config, training_layers(reader), pictures, schedule)
+        return vae, vae.codec
+    start = _start(name, reader, sizes, net, schedule.seed)
+    trainer = RgbaTraining if name == "rgba" else Training
+    mine = replace(schedule, commit=start.commit, decoder_only=start.decoder_only)
+    training = trainer(start.config, start.tensors, start.crops, mine)
+    return training, lambda: start.codec(training.tensors())
+
+
 def _start(name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, seed: int) -> Start:
     records: list[Any]
     if name == "image":
@@ -113,7 +142,7 @@ def _start(name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, seed
     elif name == "audio":
         records = [resample(clip, rate, sizes.audio_rate) for clip, rate in reader("audio", read.audio_of)]
     elif name == "rgba":
-        records = [layer for record in reader("rgba", read.layers_of) for layer in record]
+        records = training_layers(reader)
     else:
         records = list(reader("score", read.score_of))
     if not records:

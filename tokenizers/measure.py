@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from itertools import permutations
+from itertools import islice, permutations
 from math import ceil, log2
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from ringweave.tokenizers import members as read
 from ringweave.tokenizers.audio import resample
-from ringweave.tokenizers.codec import pad_to, to_patches
+from ringweave.tokenizers.codec import pad_to, to_patches, to_uint8
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.manifest import Block
 from ringweave.tokenizers.members import Members
@@ -206,6 +206,13 @@ _MEASURES: dict[str, tuple[str, Callable[..., tuple[Segment, Figures]]]] = {
     "symbolic": ("symbolic", _notes("symbolic", ("musicxml", "mxl"))),
     "midi": ("midi", _notes("midi", ("mid", "midi"))),
 }
+#: Plain colours that layers are laid over to be compared.
+GROUNDS = {
+    "grey": (128, 128, 128), "black": (0, 0, 0), "white": (255, 255, 255), "red": (255, 0, 0), "green": (0, 255, 0),
+    "blue": (0, 0, 255), "yellow": (255, 255, 0), "cyan": (0, 255, 255), "magenta": (255, 0, 255),
+}  # fmt: skip
+#: Records that latents are measured on, at most: an autoencoder is slow beside the other codecs.
+LATENT_RECORDS = 50
 _SUMS = {"lossy_documents", "lossy_records", "frames_lost"}
 #: What rates are taken over.
 _UNITS = ("bytes", "pixels", "seconds", "frames")
@@ -238,7 +245,7 @@ def measure(
     speed: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
-    """{modality: figures} over at most `limit` held-out records of each source.
+    """{modality: figures} over at most `limit` held-out records of each source; for "latents" see `measure_latents`.
 
     psnr, floor_psnr (see `rate_floor`), si_sdr in dB; alpha_mae of 0..1; tokens_per_record; codes_used, the
     share of a modality's ids that occurred; bits (see `code_bits`) per record, pixel, second or byte; everything else
@@ -275,7 +282,55 @@ def measure(
             out[source]["bits_per_record"] = round(bits / len(rows), 1)
             out[source] |= _rates(units, sum(lengths), bits)
             out[source] |= _speeds(timed, units, len(rows)) if speed else {}
+    if "rgba" in samples and "latents" in tokenizers.codecs:
+        found = measure_latents(tokenizers, samples["rgba"], limit=min(limit, LATENT_RECORDS), speed=speed)
+        out["latents"] = found
     return out
+
+
+def measure_latents(
+    tokenizers: TokenizerSet, records: Iterable[Members], *, limit: int, speed: bool = False
+) -> Figures:
+    """Layers of `records` through the latents codec: psnr_nine, over the plain GROUNDS in 8 bits, the mean over grounds
+    and layers; alpha_mae of 0..1; cells_per_record; numbers_per_pixel. Damaged records are counted as skipped.
+    """
+    rows: list[tuple[float, float]] = []
+    done, skipped, cells, pixels, timed = 0, 0, 0, 0, [0.0, 0.0]
+    tokenizers.encode_layer(np.zeros((1, 1, 4), np.uint8))  # the model is made now, outside of what is timed
+    for number, members in enumerate(islice(records, limit)):
+        try:
+            layers = read.layers_of(members, where=f"rgba record {number}")
+        except DataError:
+            skipped += 1
+            continue
+        done += 1
+        for layer in layers:
+            begun = time.process_time()
+            encoded = tokenizers.encode_layer(layer)
+            middle = time.process_time()
+            decoded = tokenizers.decode_layer(encoded)[: layer.shape[0], : layer.shape[1]]
+            timed = [timed[0] + middle - begun, timed[1] + time.process_time() - middle]
+            cells, pixels = cells + encoded[..., 0].size, pixels + layer[..., 0].size
+            rows.append((psnr_nine(layer, decoded), alpha_mae([layer], [decoded])))
+    figures: Figures = {"records": done, "skipped": skipped}
+    if rows:
+        figures["psnr_nine"] = round(float(np.mean([row[0] for row in rows])), 4)
+        figures["alpha_mae"] = round(float(np.mean([row[1] for row in rows])), 4)
+        figures["cells_per_record"] = round(cells / done, 1)
+        figures["numbers_per_pixel"] = round(cells * tokenizers.codecs["latents"].channels / pixels, 3)
+    if rows and speed:
+        for name, seconds in zip(("encode", "decode"), timed):
+            figures[f"{name}_per_s"] = round(done / max(seconds, 1e-6), 1)
+    return figures
+
+
+def psnr_nine(layer: U8, decoded: U8) -> float:
+    """Mean PSNR in dB of layers [H, W, 4] laid over each of GROUNDS, rounded to 8 bits (AlphaVAE's nine, as PNG)."""
+    found = []
+    for colour in GROUNDS.values():
+        ground = np.broadcast_to(np.array(colour, np.float64), (*layer.shape[:2], 3))
+        found.append(psnr(*(to_uint8(composite([part], ground)) for part in (layer, decoded))))
+    return float(np.mean(found))
 
 
 def _summary(

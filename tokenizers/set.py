@@ -23,6 +23,7 @@ from ringweave.tokenizers.set_files import (
     CODECS,
     MANIFEST_NAME,
     TIME_UNIT_MS,
+    WITHOUT_IDS,
     make_manifest,
     read_codecs,
     write_files,
@@ -130,7 +131,9 @@ class TokenizerSet:
             raise VocabularyError(
                 f"this tokenizer set has no {name} codec",
                 why=f"its codecs: {known}",
-                fix=f"train one on shards that hold {name}: ringweave tokenizer train",
+                fix=f"train one on shards that hold {name}: ringweave tokenizer train"
+                if name not in WITHOUT_IDS
+                else f"train one on layers or pictures: ringweave tokenizer train --learn {name}",
             )
         return self.codecs[name]
 
@@ -225,6 +228,16 @@ class TokenizerSet:
         framed = self._framed(modality, _joined(grids, LAYER if modality == "rgba" else EOF), role, weight)
         rows = np.ascontiguousarray(latents.reshape(-1, latents.shape[-1]))
         return replace(framed, attends="bidirectional", latents=rows)
+
+    def encode_layer(self, layer: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Cells float32 [h, w, Z] of one layer uint8 [H, W, 4] by the latents codec: see `LatentCodec`."""
+        cells: NDArray[np.float32] = self._codec("latents").encode(layer)
+        return cells
+
+    def decode_layer(self, cells: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """uint8 [h * patch, w * patch, 4] of cells [h, w, Z]; a layer of another size is cropped by who knows it."""
+        layer: NDArray[np.uint8] = self._codec("latents").decode(cells)
+        return layer
 
     def codes_segment(
         self,

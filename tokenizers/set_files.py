@@ -14,6 +14,7 @@ from ringweave.tokenizers.conv_codecs import ConvAudioCodec, ConvImageCodec, Con
 from ringweave.tokenizers.conv_rgba import ConvRgbaCodec
 from ringweave.tokenizers.errors import VocabularyError
 from ringweave.tokenizers.image import ImageCodec
+from ringweave.tokenizers.latent_codec import LatentCodec
 from ringweave.tokenizers.manifest import CONTROL, VocabularyManifest
 from ringweave.tokenizers.rgba import RgbaCodec
 from ringweave.tokenizers.score import ScoreCodec
@@ -34,7 +35,10 @@ CODECS: dict[str, Any] = {
     "symbolic": SymbolicCodec,
     "midi": MidiCodec,
     "video": VideoCodec,
+    "latents": LatentCodec,
 }
+#: Those that have no ids and so no block: preprocessing holds their hash under their name.
+WITHOUT_IDS = ("latents",)
 #: How the books of a frame of sound become one stream; "delay" says book q of frame t after book 0 of frame t + q.
 AUDIO_ORDERS = ("frame-major", "coarse-first", "delay")
 #: Codecs that may stand in for those of CODECS: the kind that their file names -> class.
@@ -77,6 +81,8 @@ def make_manifest(
     for name, codec in codecs.items():
         digest = digest_of(name, codec, files[name])
         parts += [(block, size, name, name, digest) for block, size in blocks_of(name, codec)]
+        if name in WITHOUT_IDS:
+            preprocessing[name]["sha256"] = digest
     text = codecs.get("text")
     return VocabularyManifest.build(
         parts,
@@ -100,11 +106,11 @@ def write_files(folder: Path, codecs: Mapping[str, Any], files: Mapping[str, byt
 
 
 def read_codecs(folder: Path, manifest: VocabularyManifest) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(codecs, files) in the order of the manifest's blocks; VocabularyError names a codec that is missing,
-    damaged, or not the one the manifest was made with."""
+    """(codecs, files) in the order of the manifest's blocks, those without ids last; VocabularyError names a codec that
+    is missing, damaged, or not the one the manifest was made with."""
     codecs: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    for name in dict.fromkeys(block.codec for block in manifest.blocks):
+    for name, expected in _digests(manifest, str(folder / MANIFEST_NAME)).items():
         if name not in CODECS:
             raise VocabularyError(f"the manifest names an unknown codec {name!r}", where=str(folder))
         path = folder / file_name(name)
@@ -115,7 +121,6 @@ def read_codecs(folder: Path, manifest: VocabularyManifest) -> tuple[dict[str, A
             files[name] = path.read_bytes()
         except OSError as error:
             raise VocabularyError(f"the {name} codec is missing", where=str(path), why=str(error)) from error
-        expected = next(block.sha256 for block in manifest.blocks if block.codec == name)
         if name != "text" and not brought:
             _same(name, expected, sha256(files[name]), path)
         try:
@@ -131,6 +136,22 @@ def read_codecs(folder: Path, manifest: VocabularyManifest) -> tuple[dict[str, A
     return codecs, files
 
 
+def _digests(manifest: VocabularyManifest, where: str) -> dict[str, str]:
+    """Codec -> the hash it must have; VocabularyError when the manifest names one without ids but not its hash."""
+    digests: dict[str, str] = {}
+    for block in manifest.blocks:
+        digests.setdefault(block.codec, block.sha256)
+    for name in WITHOUT_IDS:
+        if name in manifest.preprocessing:
+            about = manifest.preprocessing[name]
+            if not isinstance(about, dict) or not isinstance(about.get("sha256"), str):
+                raise VocabularyError(
+                    f"the manifest does not state the hash of the {name} codec", where=where
+                )
+            digests[name] = about["sha256"]
+    return digests
+
+
 def _same(name: str, expected: str, found: str, path: Path) -> None:
     if expected != found:
         raise VocabularyError(
@@ -143,6 +164,8 @@ def _same(name: str, expected: str, found: str, path: Path) -> None:
 
 def blocks_of(name: str, codec: Any) -> list[tuple[str, int]]:
     """(block name, number of ids) of a codec, in the order its ids are written."""
+    if name in WITHOUT_IDS:
+        return []
     if name in ("text", "symbolic", "midi"):
         return [(name, codec.size)]
     if name == "image":
@@ -179,6 +202,10 @@ def _preprocessing(codecs: Mapping[str, Any]) -> dict[str, Any]:
         out["midi"] = {"step_ms": 10, "segment_ms": 10_000, "velocity_bins": codecs["midi"].velocity_bins}
     if "video" in codecs:
         out["video_moves"] = {"reach": codecs["video"].reach, "runs": codecs["video"].runs}
+    if "latents" in codecs:
+        latents = codecs["latents"]
+        size = {"patch": latents.patch, "channels": latents.channels}
+        out["latents"] = size | {"kind": latents.kind, "pad": "edge", "alpha": "straight"}
     for name, codec in codecs.items():
         if codec.kind in LEARNED or isinstance(codec, Brought):
             out[name]["codec"] = codec.kind
