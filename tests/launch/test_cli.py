@@ -402,3 +402,16 @@ def test_module_and_console_script_agree() -> None:
     for command in ([str(script)], [sys.executable, "-m", "ringweave.launch.cli"]):
         done = subprocess.run([*command, "train", "none.yaml"], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and done.stderr.startswith("error: cannot read the config")
+
+
+@pytest.mark.parametrize("streams", ["double", "single"])
+@pytest.mark.parametrize("words_loss", [0.0, 0.5])
+def test_parameter_count_of_a_dit_is_that_of_the_model(streams: str, words_loss: float) -> None:
+    from ringweave.launch.plan import make_plan
+    from ringweave.pretrain.backbone import shape_of
+
+    recipe = str(ROOT / "launch" / "recipes" / "demo_dit.yaml")
+    sets = [f"model.streams={streams}", f"stages.0.words_loss={words_loss}", "tokenizers.dir=nowhere"]
+    config = load_config(recipe, sets)
+    shape = shape_of(config, vocab=512, channels=64)
+    assert make_plan(config, vocab=512)["parameters"] == shape.parameters
