@@ -48,6 +48,6 @@ def axes_table(
 def apply_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channels (2j, 2j+1) of x [T, H, D] by (cos, sin) [T, D/2]; in the table's dtype, returned in
     x's."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * torch.complex(cos, sin)[:, None, :])
+    return turned.flatten(-2).to(x.dtype)

@@ -56,6 +56,11 @@ def unfold(cells: F32) -> F32:
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1, 4)).reshape(-1, rows * FOLD, columns * FOLD)
 
 
+def shown(layer: U8) -> U8:
+    """The layer [H, W, 4] with black where it is clear: colour that nobody sees must not change a latent."""
+    return np.where(layer[..., 3:] == 0, np.uint8(0), layer)
+
+
 class LatentCodec:
     """uint8 [H, W, 4] (straight alpha) <-> cells float32 [h, w, channels].
 
@@ -100,7 +105,7 @@ class LatentCodec:
                 f"a layer must be uint8 [H, W, 4], got {layer.dtype} {list(layer.shape)}", where=self.kind
             )
         with exactly():
-            pixels = torch.tensor(pad_to(layer, self.patch)).float() / 127.5 - 1
+            pixels = torch.tensor(pad_to(shown(layer), self.patch)).float() / 127.5 - 1
             values = pixels.movedim(-1, 0).contiguous()[None, :, None]  # [1, 4, 1, H, W]
             mode = self.model.encode(values).latent_dist.mode()[0, :, 0].numpy()
         normal = (mode - self.mean) / self.std

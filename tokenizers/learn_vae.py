@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ringweave.tokenizers.codec import Tensors, pad_to
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.latent_codec import FOLD, LatentCodec
+from ringweave.tokenizers.latent_codec import FOLD, LatentCodec, shown
 from ringweave.tokenizers.learn import Schedule, Training
 from ringweave.tokenizers.outside_files import exactly
 from ringweave.tokenizers.picture_vae import PictureVae
@@ -135,6 +135,7 @@ class VaeTraining(Training):
                 f"crops of {schedule.crop} pixels do not hold whole cells of {_patch_of(config)}",
                 fix="set the schedule's `crop` to a multiple of a cell",
             )
+        layers, pictures = [shown(x) for x in layers], [shown(x) for x in pictures]
         self._records = [*layers, *pictures]
         self._vae_crops = VaeCrops(layers, pictures, schedule)
         self._loss = VaeLoss(absolute=schedule.absolute, alpha=schedule.alpha, kl=schedule.kl)

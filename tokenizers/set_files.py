@@ -205,7 +205,7 @@ def _preprocessing(codecs: Mapping[str, Any]) -> dict[str, Any]:
     if "latents" in codecs:
         latents = codecs["latents"]
         size = {"patch": latents.patch, "channels": latents.channels}
-        out["latents"] = size | {"kind": latents.kind, "pad": "edge", "alpha": "straight"}
+        out["latents"] = size | {"kind": latents.kind, "pad": "edge", "alpha": "straight", "hidden": "black"}
     for name, codec in codecs.items():
         if codec.kind in LEARNED or isinstance(codec, Brought):
             out[name]["codec"] = codec.kind

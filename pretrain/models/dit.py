@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ringweave.kernels.modulation import runs_of
 from ringweave.kernels.rotary import axes_table
 from ringweave.parallel.packed import PackedAttention
 from ringweave.pretrain.models import lwm
@@ -267,7 +268,7 @@ class DiT(nn.Module):
             return self._packed(text, image, level, nll, streams, rows)
         # Scale first here, shift first in the blocks: so it is in Qwen-Image.
         scale, shift = self.norm_out["linear"](here).chunk(2, dim=-1)
-        out = self.proj_out(modulated(image, shift, scale, streams.image_segment))
+        out = self.proj_out(modulated(image, shift, scale, streams.image_runs))
         if velocity is None:
             return streams.joined(out.new_zeros((len(text), out.shape[-1])), out).view(rows, slots, -1)
         wanted = velocity.flatten(0, 1)[streams.image_at]
@@ -355,7 +356,7 @@ def _streams(kind: Tensor, segment: Tensor, segments: int) -> Streams:
     rows = torch.arange(len(kind), device=kind.device)[:, None] * segments
     flat, row = kind.flatten(), (segment + rows).flatten()
     text_at, image_at = (flat == WORD).nonzero()[:, 0], (flat == LATENT).nonzero()[:, 0]
-    return Streams(flat.numel(), text_at, image_at, row[text_at], row[image_at])
+    return Streams(flat.numel(), text_at, image_at, runs_of(row[text_at]), runs_of(row[image_at]))
 
 
 def whole_documents(documents: Tensor) -> Tensor:

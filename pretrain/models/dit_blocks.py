@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ringweave.kernels.modulation import Runs, gated, modulate
 from ringweave.kernels.rotary import apply_interleaved
 
 EPS = 1e-6
@@ -23,14 +24,14 @@ EPS = 1e-6
 class Streams:
     """Which slot is what on this rank: T = B·l slots, n words, m latents.
 
-    text_at [n], image_at [m]: slots; text_segment [n], image_segment [m]: row of the modulation table.
+    text_at [n], image_at [m]: slots; text_runs, image_runs: tokens that share a row of the modulation table.
     """
 
     slots: int
     text_at: Tensor
     image_at: Tensor
-    text_segment: Tensor
-    image_segment: Tensor
+    text_runs: Runs
+    image_runs: Runs
 
     def joined(self, words: Tensor, latents: Tensor) -> Tensor:
         """[n, ...] and [m, ...] -> [T, ...], zeros in the other slots."""
@@ -48,9 +49,9 @@ class BlockContext:
         self.streams, self.cos, self.sin, self.attend = streams, cos, sin, attend
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, segment: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, runs: Runs) -> Tensor:
     """Layer norm without weights, then scale and shift of each token's segment."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[segment]) + shift[segment]
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale, runs)
 
 
 class MLP(nn.Module):
@@ -116,13 +117,13 @@ class DoubleBlock(nn.Module):
     def forward(self, text: Tensor, image: Tensor, level: Tensor, ctx: BlockContext) -> tuple[Tensor, Tensor]:
         """text [n, width], image [m, width], level [S, width] = SiLU of the segments' noise vectors -> both streams."""
         img, txt = self.img_mod["1"](level).chunk(6, dim=-1), self.txt_mod["1"](level).chunk(6, dim=-1)
-        here, there = ctx.streams.text_segment, ctx.streams.image_segment
+        here, there = ctx.streams.text_runs, ctx.streams.image_runs
         words, latents = self.attn(
             modulated(text, txt[0], txt[1], here), modulated(image, img[0], img[1], there), ctx
         )
-        text, image = text + txt[2][here] * words, image + img[2][there] * latents
+        text, image = gated(text, txt[2], words, here), gated(image, img[2], latents, there)
         words, latents = self.feed_forward(text, image, txt[3], txt[4], img[3], img[4], ctx)
-        return text + txt[5][here] * words, image + img[5][there] * latents
+        return gated(text, txt[5], words, here), gated(image, img[5], latents, there)
 
     def feed_forward(
         self,
@@ -137,8 +138,8 @@ class DoubleBlock(nn.Module):
         """The second half without gates and residuals; shifts and scales [S, width]."""
         streams = ctx.streams
         return (
-            self.txt_mlp(modulated(text, txt_shift, txt_scale, streams.text_segment)),
-            self.img_mlp(modulated(image, img_shift, img_scale, streams.image_segment)),
+            self.txt_mlp(modulated(text, txt_shift, txt_scale, streams.text_runs)),
+            self.img_mlp(modulated(image, img_shift, img_scale, streams.image_runs)),
         )
 
 
@@ -181,13 +182,13 @@ class SingleBlock(nn.Module):
     def forward(self, text: Tensor, image: Tensor, level: Tensor, ctx: BlockContext) -> tuple[Tensor, Tensor]:
         """See `DoubleBlock.forward`."""
         mod = self.mod["1"](level).chunk(6, dim=-1)
-        here, there = ctx.streams.text_segment, ctx.streams.image_segment
+        here, there = ctx.streams.text_runs, ctx.streams.image_runs
         words, latents = self.attn(
             modulated(text, mod[0], mod[1], here), modulated(image, mod[0], mod[1], there), ctx
         )
-        text, image = text + mod[2][here] * words, image + mod[2][there] * latents
+        text, image = gated(text, mod[2], words, here), gated(image, mod[2], latents, there)
         words, latents = self.feed_forward(text, image, mod[3], mod[4], ctx)
-        return text + mod[5][here] * words, image + mod[5][there] * latents
+        return gated(text, mod[5], words, here), gated(image, mod[5], latents, there)
 
     def feed_forward(
         self, text: Tensor, image: Tensor, shift: Tensor, scale: Tensor, ctx: BlockContext
@@ -196,8 +197,8 @@ class SingleBlock(nn.Module):
         streams, count = ctx.streams, len(text)
         both = torch.cat(
             [
-                modulated(text, shift, scale, streams.text_segment),
-                modulated(image, shift, scale, streams.image_segment),
+                modulated(text, shift, scale, streams.text_runs),
+                modulated(image, shift, scale, streams.image_runs),
             ]
         )
         both = self.mlp(both)

@@ -22,6 +22,7 @@ from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.latent_codec import LatentCodec, fold, unfold, vae_shapes
 from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.measure import GROUNDS, measure_latents, psnr, psnr_nine
+from ringweave.tokenizers.outside_files import exactly
 from ringweave.tokenizers.set import TokenizerSet
 from ringweave.tokenizers.symbols import MidiCodec
 
@@ -105,6 +106,17 @@ def test_alpha_has_a_say_and_is_given_back(codec: LatentCodec) -> None:
     other[..., 3] = 255 - other[..., 3]
     assert np.abs(codec.encode(other) - codec.encode(pixels)).max() > 1e-3
     assert len(np.unique(codec.decode(codec.encode(pixels))[..., 3])) > 1
+
+
+def test_colour_that_nobody_sees_changes_no_bit(codec: LatentCodec) -> None:
+    clear = layer(3)
+    assert (clear[..., 3] == 0).any()
+    painted = clear.copy()
+    painted[painted[..., 3] == 0, :3] = (250, 10, 90)
+    assert (codec.encode(painted) == codec.encode(clear)).all()
+    seen = clear.copy()
+    seen[seen[..., 3] > 0, 0] ^= 64
+    assert (codec.encode(seen) != codec.encode(clear)).any()
 
 
 def test_nothing_else_changes_a_bit(codec: LatentCodec) -> None:
@@ -225,8 +237,8 @@ def test_a_folder_of_diffusers_is_read(tmp_path: Path) -> None:
     codec = LatentCodec.from_diffusers(tmp_path)
     pixels = picture(11)[:16, :16]
     values = torch.tensor(pixels).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
-    with torch.no_grad():
-        mode = rgb.encode(values).latent_dist.mode()[0, :, 0].numpy()
+    with exactly():
+        mode = rgb.encode(values.contiguous()).latent_dist.mode()[0, :, 0].numpy()
     opaque = np.concatenate([pixels, np.full((16, 16, 1), 255, np.uint8)], -1)
     mean, std = (np.array(CONFIG[n], np.float32)[:, None, None] for n in ("latents_mean", "latents_std"))
     assert np.array_equal(codec.encode(opaque), fold((mode - mean) / std))
@@ -260,7 +272,7 @@ def test_a_set_has_it_without_an_id(
     assert after.extends(before) and after.hash != before.hash
     assert after.preprocessing["latents"] == {
         "patch": 8, "channels": 4 * Z, "kind": "latents.rgba", "sha256": sha256(codec.to_bytes()), "pad": "edge",
-        "alpha": "straight",
+        "alpha": "straight", "hidden": "black",
     }  # fmt: skip
     without = {k: v for k, v in after.preprocessing.items() if k != "latents"}
     assert VocabularyManifest(after.blocks, after.text_pieces, without).hash == before.hash
