@@ -335,14 +335,16 @@ class _Fragile(Trainer):
             raise _Crash
 
 
-def _one_run(config: RunConfig, data: Documents, *, channels: int, dies_after: int | None = None) -> None:
+def _one_run(
+    config: RunConfig, data: Documents | None = None, *, channels: int = 0, dies_after: int | None = None
+) -> None:
     folder = RunFolder(Path(config.run.dir))
     if dist.get_rank() == 0:
         folder.acquire()
     dist.barrier()
     trainer = _Fragile(
-        config, data, vocab=VOCAB, vocabulary="0" * 64, channels=channels, folder=folder,
-        rank=dist.get_rank(), report=lambda line: None,
+        config, data or SyntheticCorpus(vocab=VOCAB), vocab=VOCAB, vocabulary="0" * 64, channels=channels,
+        folder=folder, rank=dist.get_rank(), report=lambda line: None,
     )  # fmt: skip
     trainer.dies_after = dies_after or 10**9
     try:
