@@ -79,11 +79,13 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out figures at a step: {modality: {"loss", "tokens", "unigram_entropy"}}, in nats."""
+    """Held-out figures at a step: {modality: {"loss", "tokens", "unigram_entropy"}}, in nats; of a dit {"loss"}, a mean
+    square error, and levels {modality: {"by_sigma" or "untrained_by_sigma": {noise level: loss}}}."""
 
     step: int
     time: float | None
     heldout: dict[str, dict[str, float]]
+    levels: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

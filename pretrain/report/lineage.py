@@ -150,8 +150,13 @@ class _Builder:
     def _eval(self, record: dict[str, Any], step: int, time: float | None) -> None:
         heldout = record.get("heldout")
         figures = {str(k): numbers(v) for k, v in heldout.items()} if isinstance(heldout, dict) else {}
+        levels = {
+            str(name): {key: numbers(v[key]) for key in ("by_sigma", "untrained_by_sigma") if key in v}
+            for name, v in (heldout.items() if isinstance(heldout, dict) else ())
+            if isinstance(v, dict) and "by_sigma" in v
+        }
         self.evaluations = [e for e in self.evaluations if e.step != step]
-        self.evaluations.append(Evaluation(step=step, time=time, heldout=figures))
+        self.evaluations.append(Evaluation(step=step, time=time, heldout=figures, levels=levels))
 
     def _stop(self, record: dict[str, Any], step: int, time: float | None) -> None:
         if self.attempts:

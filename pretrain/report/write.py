@@ -14,6 +14,7 @@ from ringweave.pretrain.report.inputs import load_inputs
 from ringweave.pretrain.report.markup import page, section
 from ringweave.pretrain.report.section_data import data_section
 from ringweave.pretrain.report.section_environment import environment_section
+from ringweave.pretrain.report.section_layers import layers_section
 from ringweave.pretrain.report.section_layouts import layouts_section
 from ringweave.pretrain.report.section_loss import loss_section
 from ringweave.pretrain.report.section_pictures import pictures_section
@@ -31,6 +32,7 @@ SECTIONS = (
     ("data", "Data"),
     ("pictures", "Decodings"),
     ("samples", "Samples"),
+    ("layers", "Layers"),
     ("tokenizers", "Tokenizers"),
     ("layouts", "Layouts"),
     ("environment", "Environment"),
@@ -40,7 +42,8 @@ _BUILDERS = {
     "loss": ("Loss by modality", loss_section), "speed": ("Throughput and time", speed_section),
     "restarts": ("Restarts", restarts_section),
     "data": ("Packing and data mix", data_section), "pictures": ("Originals and decodings", pictures_section),
-    "samples": ("Samples", samples_section), "tokenizers": ("Tokenizer figures", tokenizers_section),
+    "samples": ("Samples", samples_section), "layers": ("Layers, by diffusion", layers_section),
+    "tokenizers": ("Tokenizer figures", tokenizers_section),
     "layouts": ("Layouts and laws", layouts_section),
     "environment": ("Environment and configuration", environment_section),
 }  # fmt: skip
@@ -49,14 +52,17 @@ _BUILDERS = {
 def render(run_dir: Path) -> str:
     """The whole page as text."""
     inputs = load_inputs(run_dir)
-    body = []
-    for i, (slug, _) in enumerate(SECTIONS, start=1):
+    body, nav = [], []
+    for slug, name in SECTIONS:
         title, build = _BUILDERS[slug]
         lede, content = build(inputs)
-        body.append(section(i, slug, title, lede, content))
+        if not content:  # what this run does not have at all
+            continue
+        nav.append((slug, name))
+        body.append(section(len(nav), slug, title, lede, content))
     return page(
         title=f"{run_dir.resolve().name} · ringweave report",
-        nav=SECTIONS,
+        nav=nav,
         header_html=header(inputs),
         body_html="\n".join(body),
         footer_html="Written by <code>ringweave report</code>. One file, no script, nothing loaded.",

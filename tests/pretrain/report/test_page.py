@@ -295,3 +295,28 @@ def test_many_pictures_stay_within_the_size(run: Path, tmp_path: Path, synthetic
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such run folder"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_diffusion_part_is_shown_and_only_where_there_is_one(run: Path, html: str, tmp_path: Path) -> None:
+    assert 'id="layers"' not in html
+    mine = Path(shutil.copytree(run, tmp_path / "demo"))
+    proof = json.loads((mine / "proof.json").read_text())
+    proof["dit"] = {
+        "val_loss_by_sigma": {"0.0625": 0.7, "0.9375": 0.5}, "untrained_loss_by_sigma": {"0.0625": 1.4, "0.9375": 2.0},
+        "matting": {"sad": 0.41, "baseline_sad": 0.55},
+        "export": {"class": "QwenImageTransformer2DModel", "max_rel_output_diff": 3e-7},
+    }  # fmt: skip
+    (mine / "proof.json").write_text(json.dumps(proof))
+    said = _Page(write_report(mine).read_text()).said
+    assert "0.0625 0.700 1.400 50 %" in said and "0.9375 0.500 2.000 25 %" in said
+    assert "mattes, SAD 0.410 best threshold, SAD 0.550" in said and "QwenImageTransformer2DModel" in said
+
+
+def test_the_run_of_a_dit_shows_its_last_evaluation(tmp_path: Path) -> None:
+    heldout = {"video": {"loss": 0.6, "by_sigma": {"0.5": 0.6, "x": "y"}, "untrained_by_sigma": {"0.5": 1.2}}}
+    event = {"event": "eval", "step": 3, "time": 1.0, "heldout": heldout}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+    assert (
+        "video Noise level Held out Untrained Left 0.5 0.600 1.200 50 %"
+        in _Page(write_report(tmp_path).read_text()).said
+    )
