@@ -40,6 +40,10 @@ from ringweave.tokenizers.set import TokenizerSet
 Data = tuple[Documents, int, VocabularyManifest | str]
 
 
+#: What launchers set, and a process of its own sets for itself while it trains.
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+
+
 def main(config: RunConfig, *, allow_change: bool = False) -> int:
     """Train as this process's rank. Gives the exit code; also leaves it in exit.json (see docs/errors.md)."""
 
@@ -59,6 +63,7 @@ def run_rank(
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = RunFolder(Path(config.run.dir))
     failure = Failure(config, folder, rank, world)
+    before = {name: os.environ.get(name) for name in LAUNCHED}
     try:
         return _train(config, load, failure, allow_change, channels)
     except UserError as e:
@@ -71,6 +76,9 @@ def run_rank(
     finally:
         failure.close()
         folder.release()
+        for name, value in before.items():  # else what this process starts later takes itself for a rank
+            if value is None:
+                os.environ.pop(name, None)
 
 
 def _train(

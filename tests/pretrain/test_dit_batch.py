@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ def test_a_moving_average_is_kept_and_exported(tmp_path: Path) -> None:
     config = config_from_dict(plain, source="test")
     code = job.run_rank(config, lambda: (SyntheticLatents(vocab=64, channels=8), 64, "0" * 64), channels=8)
     assert code == 0
+    assert "RANK" not in os.environ, "what starts after it in this process is no rank"
     run = Path(config.run.dir)
     name = "transformer_blocks.0.attn.to_q.weight"
     raw = [load_run(run, step=s, average=False)[0].state_dict()[name] for s in (1, 2)]
