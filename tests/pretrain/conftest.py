@@ -1,10 +1,15 @@
-"""A small config of two stages, as a file."""
+"""A small config of two stages as a file; an export to diffusers."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for helpers that are no tests
 
 BASE = """\
 run: {name: base, dir: runs/base}
@@ -30,3 +35,41 @@ def base(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(BASE)
     return path
+
+
+# --- what the tests of diffusers folders share (test_export_dit, test_import_dit, test_layer_pipeline) ---
+
+
+# Imported where they are used: most tests of this folder need no torch and no diffusers.
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A small DiT with random weights."""
+    from dit_exports import random
+
+    return random()
+
+
+@pytest.fixture(scope="module")
+def codec() -> Any:
+    """A small codec of latents with random weights."""
+    from dit_exports import vae_codec
+
+    return vae_codec()
+
+
+@pytest.fixture(scope="module")
+def layered(model: Any, codec: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a model whose documents have conditions."""
+    from ringweave.pretrain.export_dit import write_diffusers
+
+    out = tmp_path_factory.mktemp("layered") / "out"
+    write_diffusers(model, out, preset="bil", codec=codec)
+    return out
+
+
+@pytest.fixture
+def copy(layered: Path, tmp_path: Path) -> Path:
+    """A copy of that export, to be damaged."""
+    return Path(shutil.copytree(layered, tmp_path / "copy"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -46,31 +45,7 @@ from ringweave.tokenizers.text import TextCodec
 # Test modules are imported one by one (import mode "importlib"), so shared helpers need a path of their own.
 sys.path.append(str(Path(__file__).parent))
 
-from dit_exports import BOUND, SEEN, SHAPE, WORDS, close, latents_of, random, stock_velocity, vae_codec
-
-
-@pytest.fixture(scope="module")
-def model() -> DiT:
-    return random()
-
-
-@pytest.fixture(scope="module")
-def codec() -> LatentCodec:
-    return vae_codec()
-
-
-@pytest.fixture(scope="module")
-def layered(model: DiT, codec: LatentCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of a model whose documents have conditions."""
-    out = tmp_path_factory.mktemp("layered") / "out"
-    write_diffusers(model, out, preset="bil", codec=codec)
-    return out
-
-
-@pytest.fixture
-def copy(layered: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(layered, tmp_path / "copy"))
-
+from dit_exports import BOUND, SEEN, SHAPE, WORDS, close, latents_of, random, stock_velocity
 
 # ---- ours, loaded by stock classes ----
 

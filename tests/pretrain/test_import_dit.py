@@ -20,36 +20,11 @@ from ringweave.pretrain.import_dit import PRIVATE, read_diffusers
 from ringweave.pretrain.layer_pipeline import LayerPipeline
 from ringweave.pretrain.models.dit import DiT
 from ringweave.tokenizers.errors import VocabularyError
-from ringweave.tokenizers.latent_codec import LatentCodec
 
 # Test modules are imported one by one (import mode "importlib"), so shared helpers need a path of their own.
 sys.path.append(str(Path(__file__).parent))
 
-from dit_exports import SEEN, SHAPE, close, latents_of, random, vae_codec
-
-
-@pytest.fixture(scope="module")
-def model() -> DiT:
-    return random()
-
-
-@pytest.fixture(scope="module")
-def codec() -> LatentCodec:
-    return vae_codec()
-
-
-@pytest.fixture(scope="module")
-def layered(model: DiT, codec: LatentCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of a model whose documents have conditions."""
-    out = tmp_path_factory.mktemp("layered") / "out"
-    write_diffusers(model, out, preset="bil", codec=codec)
-    return out
-
-
-@pytest.fixture
-def copy(layered: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(layered, tmp_path / "copy"))
-
+from dit_exports import SEEN, SHAPE, close, latents_of, random
 
 # ---- back ----
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -26,37 +25,12 @@ from ringweave.pretrain.stock_positions import (
     stock_places,
 )
 from ringweave.tokenizers.errors import DataError, VocabularyError
-from ringweave.tokenizers.latent_codec import LatentCodec
 from ringweave.tokenizers.manifest import BOS
 
 # Test modules are imported one by one (import mode "importlib"), so shared helpers need a path of their own.
 sys.path.append(str(Path(__file__).parent))
 
-from dit_exports import SEEN, close, latents_of, random, stock_velocity, vae_codec
-
-
-@pytest.fixture(scope="module")
-def model() -> DiT:
-    return random()
-
-
-@pytest.fixture(scope="module")
-def codec() -> LatentCodec:
-    return vae_codec()
-
-
-@pytest.fixture(scope="module")
-def layered(model: DiT, codec: LatentCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of a model whose documents have conditions."""
-    out = tmp_path_factory.mktemp("layered") / "out"
-    write_diffusers(model, out, preset="bil", codec=codec)
-    return out
-
-
-@pytest.fixture
-def copy(layered: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(layered, tmp_path / "copy"))
-
+from dit_exports import SEEN, close, latents_of, stock_velocity
 
 # ---- our own pipeline ----
 
