@@ -225,8 +225,7 @@ def _fill_document(
     slots.kind[words], slots.kind[first : inside.stop] = WORD, LATENT
     slots.order[words] = np.arange(words.stop - words.start)
     if settings.words:
-        slots.targets[words] = np.where(pack.targets[words] == PLACEHOLDER, -1, pack.targets[words])
-        slots.targets[words.stop - 1] = -1
+        slots.targets[words] = pack.targets[words]  # none for the last: a latent follows it
         slots.weights[words] = slots.targets[words] >= 0
         slots.modality[words] = MODALITY_ID["text"]
     _noise(slots, pack, piece, spans, settings, drawn, draw)

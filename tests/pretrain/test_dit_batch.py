@@ -175,6 +175,27 @@ def test_documents_that_no_context_holds_are_told_before_training(tmp_path: Path
         whole_documents_fit(config, data, 0)
 
 
+def test_the_longest_document_is_numbered_over_all_shards(tmp_path: Path) -> None:
+    data = SyntheticLatents(vocab=64, channels=8)
+    config = verify_dit.tiny_config(tmp_path, "x", world=1)
+    rest = data.lengths["video"]
+    data.lengths["video"] = [rest, np.array([3, 500, 400])]  # type: ignore[assignment]
+    with pytest.raises(DataError, match=r"(?s)2 of 27 documents of source video.*sample 25 with 500 tokens"):
+        whole_documents_fit(config, data, 0)
+
+
+def test_the_empty_prompt_stands_before_the_words() -> None:
+    places = np.zeros((3, 4), np.int32)
+    places[:, 0] = np.arange(3)
+    words = Segment(np.arange(40, 43, dtype=np.int32), "text", places)
+    made = bare.document(
+        "k", words, [bare.latent_segment(np.zeros((2, 2, 3, Z), np.float32), modality="video")]
+    )
+    assert made.segments[0].ids.tolist() == [BOS, 40, 41, 42]
+    assert made.segments[0].positions[:, 0].tolist() == [0, 1, 2, 3]
+    assert bare.shape_of(made.segments[1]) == (2, 2, 3)
+
+
 def _validation(model: Any) -> dict[str, dict[str, float]]:
     packs = verify_dit.make_packs()[1:4]
     return loss_by_level(model, packs, replace(verify_dit.SETTINGS, words=False))

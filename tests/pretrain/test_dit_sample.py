@@ -90,6 +90,13 @@ def test_documents_come_out_alike_alone_and_in_a_pack(solver: Any) -> None:
     assert np.abs(other[1][0] - together[1][0]).max() < 1e-5  # where there are none, guidance does not
 
 
+def test_the_name_of_a_document_is_its_noise() -> None:
+    model = build_model(verify_dit.SHAPE, None, seed=1).eval()
+    twins = [Wish("a", [], [Grid(2, 2)]), Wish("b", [], [Grid(2, 2)])]
+    first, second = sample(model, twins, verify_dit.SETTINGS, SampleSettings(steps=1, guidance=1.0))
+    assert np.abs(first[0] - second[0]).max() > 0.1
+
+
 def test_wishes_that_cannot_be_granted() -> None:
     with pytest.raises(DataError, match="a layer to make"):
         Wish("x", [], [Grid(1, 1, condition=True)], [np.zeros((1, 4), np.float32)])
