@@ -16,6 +16,7 @@ seen, but without loss (`("caption?", "image")`).
 | symbolic | musicxml, mxl or xml: LMX words                   | the one member                      |
 | midi    | mid or midi: events                                 | the one member                      |
 | latents | layer0.png ... and more, as continuous latents      | a view: `latents:layers`            |
+| embeddings | embeddings.npy, vectors of the words             | the one member                      |
 | fields  | json, a record of LWM's JSONL: one or more segments | a field list: `fields:[ask],answer` |
 
 Where several members fit, the first in the table wins. Arguments of text and caption: `caption:json.caption`
@@ -23,7 +24,8 @@ reads a field of the json member (`json.meta.title` and `json.captions.0` reach 
 member, `caption:cls=cat|dog` the name of its number, `caption:cls@names.txt` the same from a file beside the
 shards, `text:md` the member md. A missing field and an empty caption are errors of that sample.
 
-A plan with `latents` holds nothing else but words, which are a condition there; see `layer_documents.py`.
+A plan with `latents` holds nothing else but words or their embeddings, which are a condition there; see
+`layer_documents.py`.
 
 Pixels and sound are brought to the tokenizers' form in integers, so ids cannot depend on the machine.
 """
@@ -45,7 +47,6 @@ from ringweave.data_pipes.plan_items import (
     SHEETS,
     SONGS,
     SOUNDS,
-    WORDS,
     Entry,
     of_latents,
     parse_entry,
@@ -185,7 +186,7 @@ def parse_plan(plan: Sequence[str]) -> list[tuple[str, Role]]:
         raise DataError("a plan that makes no document", where=f"plan [{shown}]", why=str(error)) from None
     parsed: list[tuple[str, Role]] = []
     for entry in found:
-        seen = entry.condition or (latents and entry.item in WORDS)
+        seen = entry.condition or (latents and entry.item != "latents")
         parsed.append((entry.text, "condition" if seen else "target"))
     if not any(role == "target" for _, role in parsed):
         raise DataError("a plan without anything to train on", where=f"plan [{shown}]")

@@ -4,6 +4,9 @@ Files are those of `token_cache.py` and `token_lengths.py`, with the same bytes 
 and with however many workers. While a shard is under way, what is done of it is kept every few seconds as parts
 (`token_parts.py`), and parts that a run left are taken over: whoever is killed loses seconds. When the cache of the
 shard is there, its parts go.
+
+Several plans of one shard (tasks over the same records) go through it side by side, some samples by every plan and then
+the next ones, so that a process that remembers what it has encoded (`LatentCodec`) meets the same pictures again soon.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ import contextlib
 import glob
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ringweave.data_pipes.documents import parse_plan
+from ringweave.data_pipes.plan_items import parse_entry
 from ringweave.data_pipes.shard_names import Shard, address_of, shown
 from ringweave.data_pipes.store import index_of
 from ringweave.data_pipes.token_block import BlockWriter, TokenBlock, join_blocks
@@ -92,6 +97,75 @@ def encode_shard(
     return Encoded(cache.path, len(cache), int(cache.lengths.sum()), made, cache.skipped)
 
 
+def encode_plans(
+    shard: Shard,
+    plans: Sequence[Sequence[str]],
+    manifest_hash: str,
+    *,
+    workers: TokenWorkers,
+    folder: Path | None = None,
+    max_skip_rate: float = 0.05,
+    progress: Callable[[int, int, int], None] | None = None,
+    keep_every_s: float = KEEP_EVERY_S,
+) -> list[Encoded]:
+    """As `encode_shard` for each plan, in their order; plans of latents go through the shard side by side, in parts.
+
+    progress: called with the number of a plan, its samples done, and how many of them were encoded now.
+    """
+    said: list[Callable[[int, int], None] | None] = [
+        None if progress is None else partial(progress, number) for number in range(len(plans))
+    ]
+    made = _side_by_side(shard, plans, manifest_hash, workers, folder, max_skip_rate, said)
+    found = []
+    for plan, before, tell in zip(plans, made, said):
+        done = encode_shard(
+            shard, plan, manifest_hash, workers=workers, folder=folder, max_skip_rate=max_skip_rate,
+            progress=None if tell is None else partial(_more, tell, before), keep_every_s=keep_every_s,
+        )  # fmt: skip
+        found.append(replace(done, made=done.made + before))
+    return found
+
+
+def _more(tell: Callable[[int, int], None], before: int, done: int, made: int) -> None:
+    tell(done, made + before)
+
+
+def _side_by_side(
+    shard: Shard, plans: Sequence[Sequence[str]], manifest_hash: str, workers: TokenWorkers, folder: Path | None,
+    max_skip_rate: float, said: Sequence[Callable[[int, int], None] | None],
+) -> list[int]:  # fmt: skip
+    """Keeps parts of plans of latents that have no cache yet, if there are several; gives how many samples of each plan
+    were encoded. Other plans have nothing that is worth remembering."""
+    made, works = [0] * len(plans), {}
+    for number, plan in enumerate(plans):
+        if not any(parse_entry(text).item == "latents" for text, _ in parse_plan(plan)):
+            continue
+        try:
+            TokenCache.open(shard, plan, manifest_hash, folder=folder)
+        except DataError:
+            works[number] = _Work(shard, tuple(plan), manifest_hash, folder, 0.0)
+    if len(works) < 2 or not all(work.keeps for work in works.values()):
+        return made
+    count, size = index_of(shard).count, _FIRST * max(1, workers.count)
+    at = dict.fromkeys(works, 0)
+    skipped: dict[int, list[dict[str, Any]]] = {number: [] for number in works}
+    while min(at.values()) < count:
+        number = min(at, key=lambda n: at[n])
+        work, done, tell = works[number], at[number], said[number]
+        if done in work.parts:
+            some = [work.parts[done]]
+        else:
+            some = _batch(work, done, min(done + size, work.next_part(done), count), workers)
+            work.keep(done, some, now=True)
+            made[number] += sum(map(len, some))
+        at[number] += sum(map(len, some))
+        skipped[number] += [entry for block in some for entry in block.skipped]
+        check_skips(shard, skipped[number], at[number], count, max_skip_rate)
+        if tell is not None:
+            tell(at[number], made[number])
+    return made
+
+
 def _keep_lengths(
     shard: Shard, plan: Sequence[str], manifest_hash: str, cache: TokenCache, folder: Path | None
 ) -> None:
@@ -128,6 +202,11 @@ class _Work:
             sweep(stem.parent, f"{stem.name}.tokens-")
             sweep(stem.parent, f"{stem.name}.tar.len-")
         self.parts = dict(self._found())  # of two that begin alike, the longer one
+
+    @property
+    def keeps(self) -> bool:
+        """Whether parts can be stored."""
+        return bool(self._place)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """(first sample, number of samples, file) of each part of this plan and vocabulary."""

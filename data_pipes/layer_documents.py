@@ -1,10 +1,10 @@
 """Records of layers, pictures and clips as documents of latents: words, then grids, each a view of the record.
 
-`latents:layers`, `latents:trimap?` and so on: `plan_items.py` has the names, `layer_views.py` what they show. Words
-come first and are always a condition. Then come the grids, targets before conditions whatever the order of the plan
-(as in Qwen-Image, whose layered form takes the last grid for the condition); of a view with several pictures each is
-a grid. Targets are numbered 0, 1, ... and conditions -1, -2, ... (`Segment.positions`, layer), so every grid of a
-document has a number of its own.
+`latents:layers`, `latents:trimap?` and so on: `plan_items.py` has the names, `layer_views.py` what they show. Words,
+or their embeddings (`embeddings.py`), come first and are always a condition. Then come the grids, targets before
+conditions whatever the order of the plan (as in Qwen-Image, whose layered form takes the last grid for the
+condition); of a view with several pictures each is a grid. Targets are numbered 0, 1, ... and conditions -1, -2, ...
+(`Segment.positions`, layer), so every grid of a document has a number of its own.
 
 `latents:image` and members that are named are opaque (transparency lies on white), `latents:video` is one grid of
 many frames.
@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ringweave.data_pipes.embeddings import embeddings_of
 from ringweave.data_pipes.formats import member_of, missing_member, text_of
 from ringweave.data_pipes.layer_views import TOLERANCE, composite_error, pictures_of
 from ringweave.data_pipes.plan_items import CLIPS, PICTURES, WORDS, Entry, read_by_view
@@ -56,7 +57,7 @@ class Picture:
 def latents_document(
     sample: Sample, plan: Sequence[tuple[Entry, Role]], tokenizers: LayerTokenizers
 ) -> Document:
-    """The document of a sample by a plan of latents and words.
+    """The document of a sample by a plan of latents and words, or vectors of words.
 
     Raises DataError, naming the sample and where it can the layer, for missing or damaged members, layers without
     alpha, of different sizes or that do not add up, views a record cannot give, and latents that are not finite.
@@ -65,10 +66,13 @@ def latents_document(
     words = None
     if any(lines):
         words = tokenizers.text_segment("\n".join(lines), role="condition", weight=0.0)
+    for entry, _ in plan:
+        if entry.item == "embeddings":
+            words = bare.embedding_segment(embeddings_of(sample, entry))
     views = _Views(sample)
     grids: dict[Role, list[Segment]] = {"target": [], "condition": []}
     for entry, role in plan:
-        if entry.item in WORDS:
+        if entry.item != "latents":
             continue
         for picture in views.pictures(entry):
             mine = grids[role]

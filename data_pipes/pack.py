@@ -128,6 +128,8 @@ class Pack:
     latents:         float32 [L, Z], the latent in a slot whose id is its placeholder, 0 elsewhere; None without any
     latent_weights:  float32 [L], loss weight of that latent (not shifted: a latent is its own target), else 0
     grids:           grids of latents without delimiters that lie in it whole, in order of slots
+    embeddings:      float32 [m, E], vectors of words: one for each slot of modality text whose id is a placeholder, in
+                     order of slots (not a row a slot: E is large and words are few); None without any
     """
 
     plan: PackPlan
@@ -143,6 +145,7 @@ class Pack:
     latents: NDArray[np.float32] | None = None
     latent_weights: NDArray[np.float32] | None = None
     grids: tuple[GridSpan, ...] = ()
+    embeddings: NDArray[np.float32] | None = None
 
 
 def packs_for_rank(first: int, count: int, dp_rank: int, dp: int) -> range:

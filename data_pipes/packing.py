@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import takewhile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ringweave.data_pipes.pack import GridSpan, Pack, PackPlan, Piece
 from ringweave.tokenizers.bare import shape_of
@@ -39,16 +40,21 @@ def materialise(plan: PackPlan, document_of: Callable[[Piece], Document | None])
         prefix=np.zeros(size, np.int32),
     )
     at = 0
+    vectors: list[NDArray[np.float32]] = []
     for number, piece in enumerate(plan.pieces):
         document = document_of(piece)
         if document is not None:
-            _write(pack, at, number, piece, document)
+            _write(pack, at, number, piece, document, vectors)
         at += len(piece)
+    if vectors:
+        pack.embeddings = np.concatenate(vectors)
     return pack
 
 
-def _write(pack: Pack, at: int, number: int, piece: Piece, document: Document) -> None:
-    """Writes one piece to slots at, at + 1, ... of the pack."""
+def _write(
+    pack: Pack, at: int, number: int, piece: Piece, document: Document, vectors: list[NDArray[np.float32]]
+) -> None:
+    """Writes one piece to slots at, at + 1, ... of the pack; its words' vectors go behind `vectors`."""
     stop = at + len(piece)
     pack.doc[at:stop] = number
     pack.order[at:stop] = np.arange(len(piece), dtype=np.int32)
@@ -58,7 +64,9 @@ def _write(pack: Pack, at: int, number: int, piece: Piece, document: Document) -
     for segment in document.segments:
         end = begin + len(segment)
         _write_inputs(pack, at - piece.start, begin, segment, piece.start, piece.end)
-        if segment.latents is not None:
+        if segment.latents is not None and segment.modality == "text":
+            _add_vectors(vectors, begin, segment, piece)
+        elif segment.latents is not None:
             _write_latents(pack, at - piece.start, begin, segment, piece)
             _write_grid(pack, at - piece.start, begin, segment, piece, number)
         # A token t of the document is the target of slot t - 1: the window moves on by one.
@@ -96,6 +104,20 @@ def _write_targets(pack: Pack, shift: int, begin: int, segment: Segment, start: 
             placeholders = np.flatnonzero(segment.ids[inside] == LATENT) + slots.start
             pack.targets[placeholders], pack.target_modality[placeholders] = -1, 0
             pack.weights[placeholders] = 0.0
+
+
+def _add_vectors(vectors: list[NDArray[np.float32]], begin: int, segment: Segment, piece: Piece) -> None:
+    """The vectors of the words that lie in the piece."""
+    assert segment.latents is not None
+    places = np.flatnonzero(segment.ids == LATENT) + begin  # in the document
+    width = segment.latents.shape[1]
+    if vectors and vectors[0].shape[1] != width:
+        raise DataError(
+            f"embeddings of {width} and of {vectors[0].shape[1]} numbers in one pack",
+            where=f"{piece.source} sample {piece.sample}",
+            fix="make the embeddings of all sources with one model",
+        )
+    vectors.append(segment.latents[(places >= piece.start) & (places < piece.end)])
 
 
 def _write_latents(pack: Pack, shift: int, begin: int, segment: Segment, piece: Piece) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 #: Every item a plan may name, in the order of the docs.
 ITEMS = (
-    "text", "caption", "image", "rgba", "score", "audio", "video", "symbolic", "midi", "latents", "fields",
+    "text", "caption", "image", "rgba", "score", "audio", "video", "symbolic", "midi", "latents", "embeddings",
+    "fields",
 )  # fmt: skip
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
@@ -83,6 +84,10 @@ def _check_argument(item: str, argument: str) -> None:
         raise ValueError("`rgba` takes no argument: it reads layer0.png, layer1.png, ...")
     if item == "latents":
         _check_view(argument)
+        return
+    if item == "embeddings":
+        if not _MEMBER.fullmatch(argument) or not argument.endswith(".npy"):
+            raise ValueError("`embeddings:` takes the name of a member that ends in .npy")
         return
     if item in _ENDINGS:
         endings = _ENDINGS[item]
@@ -157,20 +162,32 @@ def parse_fields(spec: str) -> list[tuple[str, bool]]:
 
 #: Items that hold words.
 WORDS = ("text", "caption")
+#: Items that are no medium: words, in whatever form.
+NO_MEDIA = (*WORDS, "embeddings", "fields")
 
 
 def of_latents(plan: Sequence[Entry]) -> bool:
-    """Whether a plan makes documents of latents. Words are always a condition in those, marked or not.
+    """Whether a plan makes documents of latents. Words and embeddings are always a condition in those, marked or not.
 
-    ValueError for a plan that holds other items beside them, or no latents to train on.
+    ValueError for a plan that holds other items beside them, both words and embeddings, or no latents to train on.
     """
+    given = [entry.text for entry in plan if entry.item == "embeddings"]
     if not any(entry.item == "latents" for entry in plan):
+        if given:
+            raise ValueError(
+                f"{given[0][:80]!r} stands without latents: only documents of latents hold vectors of words"
+            )
         return False
-    strange = [entry.text for entry in plan if entry.item not in ("latents", *WORDS)]
+    if given and (others := [entry.text for entry in plan if entry.item in WORDS] + given[1:]):
+        raise ValueError(
+            f"{given[0][:80]!r} and {others[0][:80]!r} in one plan: the words of a document are given once, as vectors "
+            "or as text"
+        )
+    strange = [entry.text for entry in plan if entry.item not in ("latents", "embeddings", *WORDS)]
     if strange:
         raise ValueError(
             f"{strange[0][:80]!r} cannot stand beside latents: a document of latents holds only those and words "
-            "(text, caption); `latents:image` reads a picture"
+            "(text, caption, or embeddings); `latents:image` reads a picture"
         )
     if all(entry.condition for entry in plan if entry.item == "latents"):
         raise ValueError("no latents to train on: leave the `?` off what is to be generated")

@@ -11,10 +11,12 @@ With N tokens, S segments and D documents (one a sample):
     document_crc32   uint32 [D], over the bytes of ids and positions (and latents)
     names            uint8, JSON {"keys": [D names], "skipped": [{"key", "reason"}]}
 
-and, where a document holds continuous latents, M of them with Z numbers each,
+and, where a document holds continuous latents, of which segments may have other widths (cells of a picture, vectors of
+words), M numbers in all,
 
-    latents          float32 [M, Z], in the order of their placeholders in ids
-    latent_offsets   int64 [D + 1], first latent of each document
+    segments         int64 [S, 5], (length, modality, role, attends, numbers of a latent or 0)
+    latents          float32 [M], latent after latent in the order of their placeholders in ids
+    latent_offsets   int64 [D + 1], first of these numbers of each document
 
 A skipped entry may have "offset", where its sample begins in the shard, "damage": true if the shard could not be
 read, and "lasting": false where another try may end otherwise (a decoder that ran out of time, a store that stalled):
@@ -83,7 +85,7 @@ class BlockWriter:
         self.skipped: list[dict[str, Any]] = []
         self._ids: list[NDArray[np.int32]] = []
         self._positions: list[NDArray[np.int32]] = []
-        self._segments: list[tuple[int, int, int, int]] = []
+        self._segments: list[tuple[int, ...]] = []
         self._weights: list[float] = []
         self._token_ends, self._segment_ends, self._latent_ends = [0], [0], [0]
         self._latents: list[NDArray[np.float32]] = []
@@ -102,19 +104,13 @@ class BlockWriter:
                 _ROLES.index(segment.role),
                 _ATTENDS.index(segment.attends),
             )
-            self._segments.append((len(segment), *numbers))
+            channels = 0 if segment.latents is None else segment.latents.shape[1]
+            self._segments.append((len(segment), *numbers, channels))
             self._weights.append(segment.weight)
             if segment.latents is not None:
-                self._add_latents(key, segment.latents)
+                self._latents.append(segment.latents.ravel())
+                self._latent_count += segment.latents.size
         self._end(key, len(document))
-
-    def _add_latents(self, key: str, latents: NDArray[np.float32]) -> None:
-        if self._latents and self._latents[0].shape[1] != latents.shape[1]:
-            raise DataError(
-                f"latents of {latents.shape[1]} channels among some of {self._latents[0].shape[1]}", where=key
-            )
-        self._latents.append(latents)
-        self._latent_count += len(latents)
 
     def skip(
         self,
@@ -151,6 +147,7 @@ class BlockWriter:
             positions = positions.astype(np.int16)
         ends = self._token_ends
         more: Tensors = {}
+        segments = np.asarray(self._segments, np.int64).reshape(-1, 5)
         if self._latents:
             more = {
                 "latents": np.concatenate(self._latents),
@@ -164,7 +161,7 @@ class BlockWriter:
             "positions": positions,
             "document_offsets": np.asarray(ends, np.int64),
             "segment_offsets": np.asarray(self._segment_ends, np.int64),
-            "segments": np.asarray(self._segments, np.int64).reshape(-1, 4),
+            "segments": segments if more else segments[:, :4].copy(),
             "segment_weights": np.asarray(self._weights, np.float64),
             "document_crc32": np.asarray(crcs, np.uint32),
             "names": np.frombuffer(json.dumps(names).encode(), np.uint8),
@@ -205,6 +202,8 @@ class TokenBlock:
             and int(rows[-1]) == len(self._tables["segments"]) == len(self._tables["segment_weights"])
             and int(self._tables["segments"][:, 0].sum()) == self._starts[-1]
             and (places is None) == (latents is None)
+            and self._tables["segments"].shape[1] == (4 if places is None else 5)
+            and (self._tables["segments"] >= 0).all()
             and (places is None or (len(places) == len(self._starts) and (np.diff(places) >= 0).all()))
         ):
             raise ValueError("its tables disagree")
@@ -214,7 +213,7 @@ class TokenBlock:
         """A block in memory. Raises ValueError (or KeyError) as the constructor."""
         ids, positions, latents = tensors["ids"], tensors["positions"], tensors.get("latents")
         block = cls(tensors, ids, positions, latents, where=where)
-        if latents is not None and (latents.ndim != 2 or len(latents) != block._latent_starts[-1]):
+        if latents is not None and latents.shape != (block._latent_starts[-1],):
             raise ValueError("its tables and latents disagree")
         if ids.shape != (block._starts[-1],) or positions.shape != (block._starts[-1], 4):
             raise ValueError("its tables and tokens disagree")
@@ -282,12 +281,14 @@ class TokenBlock:
         rows = self._tables["segments"][first:last].tolist()
         weights = self._tables["segment_weights"][first:last].tolist()
         segments, at, taken = [], 0, 0
-        for (length, modality, role, attends), weight in zip(rows, weights):
+        for (length, modality, role, attends, *channels), weight in zip(rows, weights):
             inside = slice(at, at + length)
             at += length
-            places = int((ids[inside] == LATENT).sum()) if held else 0
-            own = held[0][taken : taken + places] if places else None
-            taken += places
+            own = None
+            if latents is not None and channels[0]:
+                end = taken + int((ids[inside] == LATENT).sum()) * channels[0]
+                own = latents[taken:end].reshape(-1, channels[0])
+                taken = end
             segments.append(
                 Segment(
                     ids[inside],
@@ -340,13 +341,13 @@ def join_blocks(blocks: Sequence[TokenBlock], where: str) -> TokenBlock:
             crcs = _crcs(part["ids"], part["positions"], ends, part.get("latents"), starts)
             part["document_crc32"] = np.asarray(crcs, np.uint32)
     offsets = ["document_offsets", "segment_offsets"]
-    if widths := {p["latents"].shape[1] for p in parts if "latents" in p}:
-        if len(widths) > 1:
-            raise DataError(f"latents of {sorted(widths)} channels in one shard", where=where)
+    if any("latents" in part for part in parts):
         offsets.append(LATENT_TABLE)
         for part in parts:
-            part.setdefault("latents", np.zeros((0, *widths), np.float32))
-            part.setdefault(LATENT_TABLE, np.zeros_like(part["document_offsets"]))
+            if "latents" not in part:
+                part["latents"] = np.zeros(0, np.float32)
+                part[LATENT_TABLE] = np.zeros_like(part["document_offsets"])
+                part["segments"] = np.pad(part["segments"], ((0, 0), (0, 1)))
     joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0] if name not in _SPECIAL}
     for name in offsets:
         shifts = np.cumsum([0, *(int(p[name][-1]) for p in parts)])

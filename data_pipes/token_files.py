@@ -29,7 +29,8 @@ from ringweave.data_pipes.token_block import LATENT_TABLE, Tensors, TokenBlock, 
 from ringweave.data_pipes.token_vocabulary import FIX, other_vocabulary
 from ringweave.tokenizers.errors import DataError
 
-FORMAT = "ringweave-tokens/1"
+#: By whether there are latents: the first form of those held one width only, and is made anew.
+FORMAT, FORMAT_OF_LATENTS = "ringweave-tokens/1", "ringweave-tokens/2"
 METADATA = "ringweave"
 FIX_DAMAGED = f"delete it and {FIX}"
 #: Bytes that hold the metadata of nearly every index.
@@ -65,8 +66,14 @@ def stamp_of(shard: Shard) -> Stamp:
 
 
 def plan_hash(plan: Sequence[str], manifest_hash: str) -> str:
-    """12 hex digits that stand for a plan and a vocabulary in names of files."""
-    return hashlib.sha256(json.dumps([manifest_hash, list(plan)]).encode()).hexdigest()[:12]
+    """12 hex digits that stand for a plan and a vocabulary in names of files.
+
+    Of a plan of latents for the format too, so that files of the first form are passed over.
+    """
+    told: list[Any] = [manifest_hash, list(plan)]
+    if any(entry.partition(":")[0] == "latents" for entry in plan):
+        told.append(FORMAT_OF_LATENTS)
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 def stem_in(shard: Shard, folder: Path | None, stamp: Stamp | None) -> Path:
@@ -115,7 +122,7 @@ def write_tokens(
     Raises DataError if it cannot be written, with `errno` of the cause as its attribute `code`.
     """
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT_OF_LATENTS if LATENT_TABLE in tensors else FORMAT,
         "manifest": manifest_hash,
         "plan": list(plan),
         "shard": stamp.name,
@@ -196,7 +203,8 @@ def open_tokens(
         metadata = read_metadata(file)
         held = file.keys()
         tables = {name: file.get_tensor(name) for name in tables_of(held)}
-        _check(path, metadata, stamp, shard, plan, manifest_hash, more)
+        known = FORMAT_OF_LATENTS if LATENT_TABLE in held else FORMAT
+        _check(path, metadata, known, stamp, shard, plan, manifest_hash, more)
         if metadata["tables_crc32"] != crc_of(*tables.values()):
             raise ValueError("crc32 of its tables differs")
         ids, positions = file.get_slice("ids"), file.get_slice("positions")
@@ -205,7 +213,7 @@ def open_tokens(
         tokens = int(tables["document_offsets"][-1])
         if ids.get_shape() != [tokens] or positions.get_shape() != [tokens, 4]:
             raise ValueError("its tables and tokens disagree")
-        if latents is not None and latents.get_shape()[0] != int(tables[LATENT_TABLE][-1]):
+        if latents is not None and latents.get_shape() != [int(tables[LATENT_TABLE][-1])]:
             raise ValueError("its tables and latents disagree")
     except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -220,14 +228,15 @@ class DamagedTokens(DataError):
 def _check(
     path: Path,
     metadata: dict[str, Any],
+    known: str,
     stamp: Stamp | None,
     shard: Shard,
     plan: Sequence[str],
     manifest_hash: str,
     more: dict[str, Any],
 ) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"format {metadata.get('format')!r}, known {FORMAT!r}")
+    if metadata.get("format") != known:
+        raise ValueError(f"format {metadata.get('format')!r}, known {known!r}")
     if metadata["manifest"] != manifest_hash:
         raise other_vocabulary(path, str(metadata["manifest"]), manifest_hash, folder=path.parent)
     if metadata["plan"] != list(plan):

@@ -18,6 +18,7 @@ import soundfile
 from PIL import Image
 
 from ringweave.data_pipes.documents import parse_plan
+from ringweave.data_pipes.embeddings import shape_of_embeddings
 from ringweave.data_pipes.formats import member_of, text_of
 from ringweave.data_pipes.plan_items import PICTURES, SOUNDS, WORDS, Entry, parse_entry, read_by_view
 from ringweave.data_pipes.sample import Sample
@@ -57,13 +58,19 @@ def probe_length(sample: Sample, plan: Sequence[str], tokenizers: Any) -> int | 
 
 
 def _latents(sample: Sample, plan: Sequence[Entry], tokenizers: Any) -> int | None:
-    """Tokens of a document of latents: bos, the words, and the cells of each grid; None where there is a clip."""
+    """Tokens of a document of latents: bos and the words, or their vectors, and the cells of each grid.
+
+    None where there is a clip.
+    """
     layers = sum(_LAYER.fullmatch(name) is not None for name in sample.members)
     words = "\n".join(text_of(sample, entry) for entry in plan if entry.item in WORDS)
     tokens = 1 + (len(tokenizers.text_segment(words)) if words else 0)
     patch = tokenizers.codecs["latents"].patch
     for entry in plan:
         if entry.item in WORDS:
+            continue
+        if entry.item == "embeddings":
+            tokens += shape_of_embeddings(sample, entry)[0] - 1  # no bos in front of vectors
             continue
         made_of = read_by_view(entry.argument)
         wanted: tuple[str, ...] = ("layer0.png",) if made_of == "rgba" else (entry.argument,)

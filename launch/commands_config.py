@@ -71,6 +71,13 @@ def plan(
     vocab: Annotated[
         int | None, typer.Option(min=1, help="Vocabulary size, if there is no tokenizer set yet.")
     ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Measure what recomputation saves and costs in each stage.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="With --recompute: a rank's memory, as 24GiB."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run will do: stages, layouts, steps, parameters and an estimate of memory."""
@@ -79,6 +86,7 @@ def plan(
 
     out = Output(as_json)
     checked = load_config(config, overrides or [], world=world)
+    limit = _bytes_of(memory, recompute=recompute)
     size, origin = (vocab, "--vocab") if vocab else vocabulary_size(Path(checked.tokenizers.dir))
     result = make_plan(checked, vocab=size)
     result["vocabulary_from"] = origin
@@ -103,7 +111,32 @@ def plan(
     out.say(f"parameters: {result['parameters']:,} with a vocabulary of {size:,} ({origin})")
     for line in result["notes"]:
         out.say(f"note: {line}")
+    if recompute:
+        from ringweave.launch.plan import recompute_tables
+
+        for stage, table in zip(
+            result["stages"], recompute_tables(checked, vocab=size, limit=limit), strict=True
+        ):
+            out.say("\n".join(table.lines()))
+            stage["recompute"] = table.to_dict()
     out.result(result)
+
+
+def _bytes_of(size: str | None, *, recompute: bool) -> int | None:
+    """`--memory` as bytes. Raises ConfigError for what is no size, and without `--recompute`."""
+    from ringweave.pretrain.errors import ConfigError
+    from ringweave.pretrain.units import parse_bytes
+
+    if size is None:
+        return None
+    if not recompute:
+        raise ConfigError(
+            f"--memory {size[:40]} without --recompute", where="--memory", fix="add --recompute"
+        )
+    try:
+        return parse_bytes(size)
+    except ValueError as error:
+        raise ConfigError(str(error)[:200], where="--memory", fix="for example --memory 24GiB") from error
 
 
 def doctor(as_json: JsonOption = False) -> None:

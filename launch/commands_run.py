@@ -330,12 +330,18 @@ def sample(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder; default RUN/samples.")
     ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Of a dit: checkpoint to sample; default the newest good one.")
+    ] = None,
+    by_stage: Annotated[
+        bool, typer.Option("--by-stage", help="Of a dit: by the model of each stage's end, for the report.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let the newest checkpoint write text and draw images; a dit makes layers, of words or held-out records."""
     existing_run(run)
     ctx.obj.run_dir = run
-    printer, out = Output(as_json), out or run / "samples"
+    given, printer, out = out, Output(as_json), out or run / "samples"
     if _kind(run) == "dit":
         from ringweave.pretrain.config import load_config
         from ringweave.pretrain.dit_sample import SOLVERS, SampleSettings
@@ -347,16 +353,38 @@ def sample(
             )
         chosen = load_config(run / "config.yaml").run.seed if seed is None else seed
         settings = SampleSettings(steps=steps, guidance=guidance, solver=solver, seed=chosen)  # type: ignore[arg-type]
-        result = sample_diffusion(
-            run, prompt or [], out, sources=source or [], count=count, settings=settings
-        )
+        if by_stage:
+            _only_by_stage({"--prompt": prompt, "--source": source, "--out": given, "--step": step})
+            from ringweave.pretrain.previews import draw_by_stage
+
+            drawn = draw_by_stage(run, count=count, settings=settings, say=printer.say)
+            result: dict[str, Any] = {"samples": drawn, "path": str(out)}
+        else:
+            result = sample_diffusion(
+                run, prompt or [], out, sources=source or [], count=count, settings=settings, step=step
+            )
     else:
+        if by_stage or step is not None:
+            raise ConfigError(
+                "this run is no diffusion run", where="--by-stage" if by_stage else "--step",
+                fix="leave it out: an lwm is sampled from its export, which `ringweave export --step` makes",
+            )  # fmt: skip
         from ringweave.pretrain.sample import sample_run
 
         result = sample_run(run, prompt or [], modality or [], out)
     for name, value in result.items():
         printer.say(f"{name}: {_plain(value)}")
     printer.result(result)
+
+
+def _only_by_stage(others: dict[str, Any]) -> None:
+    """ConfigError for options that say nothing beside `--by-stage`."""
+    if named := [name for name, value in others.items() if value not in (None, [])]:
+        raise ConfigError(
+            f"--by-stage with {', '.join(named)}",
+            where="sample",
+            fix="leave them out: every stage's checkpoint, every held-out source, in RUN/samples/stage-K",
+        )
 
 
 def _kind(run: Path) -> str:

@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 
 from ringweave.launch.console import JsonOption, Output, Progress, SetOption
-from ringweave.launch.data_records import records_by_modality, records_by_source
+from ringweave.launch.data_records import (
+    Records,
+    by_content,
+    latents_by_source,
+    latents_of_config,
+    records_by_modality,
+    records_by_source,
+)
 from ringweave.launch.data_sources import CacheOption, brief, load_tokenizers
 from ringweave.pretrain.errors import ConfigError
 from ringweave.tokenizers.errors import printable
@@ -51,7 +58,8 @@ def train(
         typer.Option(
             "--learn",
             metavar="LIST",
-            help="Train these as convolutions too: image,rgba,audio,score; latents trains the autoencoder of layers.",
+            help="Train these as convolutions too: image,rgba,audio,score; latents trains the autoencoder of layers "
+            "on every source of layers or pictures.",
         ),
     ] = "",
     steps: Annotated[int, typer.Option("--steps", min=1, help="With --learn: steps of each codec.")] = 2000,
@@ -77,16 +85,13 @@ def train(
     from ringweave.launch.tokenizer_train import learnable, train_set
 
     names, chosen = learnable(learn), parse_sizes(sizes or [])
-    samples: Mapping[str, Iterable[Mapping[str, bytes]]]
-    heldout: Mapping[str, Iterable[Mapping[str, bytes]]]
-    if config is not None:
-        samples, heldout = records_by_modality(config), records_by_modality(config, heldout=True)
-    else:
-        assert data is not None
-        samples, heldout = records_by_source(data, "train"), records_by_source(data, "heldout")
-
+    samples, latents = _records(data, config, heldout=False)
+    heldout, latents_heldout = _records(data, config, heldout=True)
     with Progress() as progress:
-        made = train_set(samples, heldout, out, names=names, steps=steps, sizes=chosen, progress=progress)
+        made = train_set(
+            samples, heldout, out, names=names, latents=latents, latents_heldout=latents_heldout, steps=steps,
+            sizes=chosen, progress=progress,
+        )  # fmt: skip
     if made is None:  # another rank than the first, which speaks for all
         return
     printer.say(f"wrote {out}")
@@ -94,6 +99,18 @@ def train(
         for name, value in figures.items():
             printer.say(f"  {title} {name}: {brief(value)}")
     printer.result({"out": str(out), **made})
+
+
+Sources = Mapping[str, Iterable[Mapping[str, bytes]]]
+
+
+def _records(data: Path | None, config: Path | None, *, heldout: bool) -> tuple[Sources, Sources]:
+    """(records by modality, sources of what latents read) of a folder or of a config's sources."""
+    if config is not None:
+        return records_by_modality(config, heldout=heldout), latents_of_config(config, heldout=heldout)
+    assert data is not None
+    groups = records_by_source(data, "heldout" if heldout else "train")
+    return by_content(groups), latents_by_source(groups)
 
 
 @tokenizer_app.command(
@@ -136,19 +153,17 @@ def evaluate(
     printer = Output(as_json)
     if (data is None) == (config is None):
         raise ConfigError("codecs are measured on --data DIR or on --config YAML", fix="give one of the two")
-    samples: Mapping[str, Iterable[Mapping[str, bytes]]]
     if config is not None:
         from ringweave.pretrain.config import load_config
 
         tokenizers = tokenizers or Path(load_config(config).tokenizers.dir)
-        samples = records_by_modality(config, heldout=True)
-    else:
-        assert data is not None
-        samples = records_by_source(data, "heldout")
+    samples, latents = _records(data, config, heldout=True)
     if tokenizers is None:
         raise ConfigError("no tokenizers to measure", fix="give --tokenizers DIR")
     with Progress() as progress:
-        facts = evaluate_set(load_tokenizers(tokenizers), samples, limit=limit, progress=progress)
+        facts = evaluate_set(
+            load_tokenizers(tokenizers), samples, latents=latents, limit=limit, progress=progress
+        )
     text = markdown(facts)
     if update is not None:
         update_file(update, text)
@@ -184,7 +199,11 @@ def show_tokens(
     from ringweave.tokenizers.show import show as show_set
 
     printer = Output(as_json)
-    loaded, records = load_tokenizers(tokenizers), records_by_source(data, "heldout")
+    loaded, groups = load_tokenizers(tokenizers), records_by_source(data, "heldout")
+    records = by_content(groups)
+    shards = [shard for some in latents_by_source(groups).values() for shard in some.shards]
+    if shards and "latents" in loaded.codecs:
+        records["latents"] = Records(shards)
     with Progress() as progress:
         found = sections(loaded, records, count=per_source, amplify=amplify, progress=progress)
         progress("drawing sheets")

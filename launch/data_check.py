@@ -132,6 +132,7 @@ def _undecodable(shard: Shard) -> Iterator[DataError]:
 
 def decode_member(ext: str, data: bytes, *, where: str) -> Any:
     """The value of a member by its ending, None for one of an unknown ending. Raises DataError."""
+    from ringweave.data_pipes.embeddings import MEMBER, read_embeddings
     from ringweave.data_pipes.formats import load_json
     from ringweave.data_pipes.plan_items import CLIPS, PICTURES, SOUNDS
     from ringweave.tokenizers import media
@@ -143,6 +144,8 @@ def decode_member(ext: str, data: bytes, *, where: str) -> Any:
         return media.decode_audio(data, where=where)
     if ending in CLIPS:
         return media.decode_video(data, where=where)
+    if ext == MEMBER:
+        return read_embeddings(data, where=where)
     if ending == "json":
         return load_json(data, where=where)
     if ending in _TEXTS:

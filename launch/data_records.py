@@ -64,6 +64,46 @@ def records_by_source(folder: Path, split: str) -> dict[str, Records]:
     return {name: Records(shards) for name, shards in sorted(groups.items())}
 
 
+#: Names of sources that say what is in them.
+NAMED = ("text", "image", "rgba", "video", "audio", "score", "symbolic", "midi")
+
+
+def latents_by_source(groups: Mapping[str, Records]) -> dict[str, Records]:
+    """Of `records_by_source`, those that an autoencoder of layers learns from.
+
+    "rgba", "image" and, of other names than those of modalities, sources whose first record holds layers or a picture.
+    """
+    from ringweave.tokenizers.members import PICTURES, has_layers
+
+    found = {}
+    for name, records in groups.items():
+        if name in NAMED:
+            if name in ("rgba", "image"):
+                found[name] = records
+            continue
+        first: Mapping[str, bytes] = next(iter(records), {})
+        if has_layers(first) or any(ending in first for ending in (*PICTURES, "flat.png")):
+            found[name] = records
+    return found
+
+
+def by_content(groups: Mapping[str, Records]) -> dict[str, Records]:
+    """`records_by_source` as it is; where no source is named after a modality, under what their first records hold."""
+    from ringweave.tokenizers.members import CLIPS, PICTURES, SOUNDS, has_layers
+
+    if any(name in NAMED for name in groups):
+        return dict(groups)
+    found: dict[str, Records] = {}
+    endings = (("image", (*PICTURES, "flat.png")), ("video", CLIPS), ("audio", SOUNDS), ("text", ("txt",)))
+    for records in groups.values():
+        first: Mapping[str, bytes] = next(iter(records), {})
+        kinds = [kind for kind, wanted in endings if any(ending in first for ending in wanted)]
+        kind = "rgba" if has_layers(first) else next(iter(kinds), "")
+        if kind:
+            found.setdefault(kind, Records([])).shards.extend(records.shards)
+    return found or dict(groups)
+
+
 class PlannedRecords:
     """Records of sources of one modality, as their plans read them: text is in `txt`, whatever member it is from.
 
@@ -89,6 +129,7 @@ class PlannedRecords:
 def _as_planned(sample: Any, plan: tuple[str, ...]) -> dict[str, bytes]:
     from ringweave.data_pipes.formats import field_value, load_json, member_of, record_fields, text_of
     from ringweave.data_pipes.plan_items import parse_entry
+    from ringweave.tokenizers.members import is_layer
 
     words: list[str] = []
     members = {ext: data for ext, data in sample.members.items() if ext not in ("txt", "json")}
@@ -102,16 +143,82 @@ def _as_planned(sample: Any, plan: tuple[str, ...]) -> dict[str, bytes]:
             for field, _ in record_fields(record, entry.argument, key=sample.key, where=where):
                 value = field_value(record, field, where=where)
                 words += [value] if isinstance(value, str) else []
-        elif entry.argument and entry.item != "latents":
+        elif entry.item == "embeddings":
+            continue
+        elif entry.argument and (entry.item != "latents" or "." in entry.argument):  # no view has a dot
             ending = entry.argument.rpartition(".")[2]
-            members = {ending: member_of(sample, entry.text, (entry.argument,))}
+            kept = members if entry.item == "latents" else {}  # its layers may be in the plan too
+            members = {name: data for name, data in kept.items() if is_layer(name)}
+            members[ending] = member_of(sample, entry.text, (entry.argument,))
     return members | ({"txt": "\n".join(words).encode()} if words else {})
+
+
+class LatentRecords:
+    """Re-iterable records of one source as its plan's latents read them: `{}` for one that has not what they name.
+
+    parts: (shard, members in the order they are looked for, of which the first that is there is read). No members
+    stand for all layers.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Any, tuple[str, ...]]] = []
+
+    def __iter__(self) -> Iterator[Mapping[str, bytes]]:
+        from ringweave.data_pipes.store import reader_of
+        from ringweave.tokenizers.members import is_layer
+
+        for shard, wanted in self.parts:
+            with reader_of(shard) as reader:
+                for i in range(len(reader)):
+                    members = reader.read(i).members
+                    names = [name for name in wanted if name in members][:1]
+                    if wanted:
+                        yield {name.rpartition(".")[2]: members[name] for name in names}
+                    else:
+                        yield {name: data for name, data in members.items() if is_layer(name)}
+
+
+def latents_of_config(config: Path, *, heldout: bool = False) -> dict[str, LatentRecords]:
+    """`{source: records}` of what an autoencoder of layers learns from: whatever the plans of a config read as latents,
+    and their layers and pictures that become ids. Sources that read the same of a shard count once."""
+    from ringweave.data_pipes.plan_items import WORDS, parse_entry
+    from ringweave.data_pipes.shard_names import address_of
+    from ringweave.pretrain.config import load_config
+    from ringweave.pretrain.data_store import source_shards, store_of_data
+
+    data = load_config(config).data
+    store = store_of_data(data)
+    groups: dict[str, LatentRecords] = {}
+    taken: set[tuple[tuple[str, ...], str]] = set()
+    for source in sorted(data.sources, key=lambda source: not _has(source.plan, WORDS)):
+        wanted = [_read_as_pixels(parse_entry(entry)) for entry in source.plan]
+        for shard in source_shards(data, source, store, heldout=heldout):
+            for members in wanted:
+                if members is not None and (members, address_of(shard)) not in taken:
+                    taken.add((members, address_of(shard)))
+                    groups.setdefault(source.name, LatentRecords()).parts.append((shard, members))
+    return groups
+
+
+def _read_as_pixels(entry: Any) -> tuple[str, ...] | None:
+    """Members that hold the pictures or clips of an entry (none: all layers); None for entries of other things."""
+    from ringweave.data_pipes.plan_items import CLIPS, PICTURES, read_by_view
+
+    pictures, view = (*PICTURES, "flat.png"), entry.argument
+    if entry.item == "latents":
+        kind = read_by_view(view)
+        if kind == "rgba":
+            return ()
+        return (pictures if kind == "image" else CLIPS) if view == kind else (view,)
+    if entry.item == "rgba":
+        return ()
+    return ((view,) if view else pictures) if entry.item == "image" else None
 
 
 def records_by_modality(config: Path, *, heldout: bool = False) -> dict[str, PlannedRecords]:
     """`{modality: records}` of the sources of a config, by what their plans hold beside text."""
     from ringweave.data_pipes.formats import resolve_plan
-    from ringweave.data_pipes.plan_items import WORDS, parse_entry, read_by_view
+    from ringweave.data_pipes.plan_items import NO_MEDIA, WORDS, parse_entry, read_by_view
     from ringweave.data_pipes.shard_names import address_of
     from ringweave.pretrain.config import load_config
     from ringweave.pretrain.data_store import source_shards, store_of_data
@@ -126,7 +233,7 @@ def records_by_modality(config: Path, *, heldout: bool = False) -> dict[str, Pla
         media = [
             read_by_view(e.argument) if e.item == "latents" else e.item
             for e in entries
-            if e.item not in (*WORDS, "fields")
+            if e.item not in NO_MEDIA
         ] or ["text"]
         for shard in source_shards(data, source, store, heldout=heldout):
             for modality in dict.fromkeys(media):

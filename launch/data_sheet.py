@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ringweave.data_pipes.documents import layers_of
+from ringweave.data_pipes.embeddings import MEMBER, read_embeddings
 from ringweave.data_pipes.formats import load_json
 from ringweave.data_pipes.plan_items import CLIPS, PICTURES, SOUNDS
 from ringweave.data_pipes.reader import ShardReader
@@ -175,6 +176,9 @@ def _add(card: Card, ext: str, data: bytes, where: str) -> None:
         card.facts.append(f"{ext} {len(frames)} frames, {size}, {times[-1] - times[0]:.1f} s")
         places = np.linspace(0, len(frames) - 1, min(FRAMES, len(frames))).round().astype(int)
         card.strip = [shrink(frames[i], SIDE // 2) for i in places]
+    elif ext == MEMBER:
+        count, numbers = read_embeddings(data, where=where).shape
+        card.facts.append(f"{ext} {count} × {numbers}")
     elif ending == "json":
         value = load_json(data, where=where)
         card.record = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True)[:CHARACTERS]

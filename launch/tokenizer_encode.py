@@ -53,7 +53,7 @@ def encode_config(
     `data.workers.count` says. Local shards without an index get one. Raises as `encode_shard`: what is finished by then
     stays, and is not made again.
     """
-    from ringweave.data_pipes.encode_shards import encode_shard
+    from ringweave.data_pipes.encode_shards import encode_plans
     from ringweave.data_pipes.store import OPEN_SHARD, index_of
     from ringweave.data_pipes.worker_process import Setup
     from ringweave.data_pipes.workers import TokenWorkers
@@ -61,46 +61,56 @@ def encode_config(
     wanted = _wanted(config, store, progress)
     manifest = str(load_tokenizers(Path(config.tokenizers.dir)).manifest.hash)
     w, count = config.data.workers, config.data.workers.count if workers is None else workers
-    counts = [index_of(shard).count for _, shard in wanted]
-    pace = _Pace(sum(counts))
+    pace = _Pace(sum(len(specs) * index_of(shard).count for specs, shard in wanted))
     setup = Setup(args=[config.tokenizers.dir], reader=OPEN_SHARD, reader_options=store.to_json())
-    facts: dict[str, Any] = {"shards": len(wanted), "encoded": 0, "samples": 0, "tokens": 0, "made": 0}
+    facts: dict[str, Any] = {
+        "shards": sum(len(specs) for specs, _ in wanted),
+        "encoded": 0,
+        "samples": 0,
+        "tokens": 0,
+        "made": 0,
+    }
     caches: list[str] = []
     skipped: list[dict[str, str]] = []
     with TokenWorkers(count, setup, memory_bytes=w.memory, timeout_s=w.timeout) as pool:
-        for spec, shard in wanted:
+        for specs, shard in wanted:
             name = name_of(shard)
+            under_way: dict[int, tuple[int, int]] = {}
 
-            def inside(done: int, made: int, name: str = name) -> None:
+            def inside(number: int, done: int, made: int, name: str = name, at: Any = under_way) -> None:
+                at[number] = (max(done, at.get(number, (0, 0))[0]), made)
+                done, made = (sum(part) for part in zip(*at.values()))
                 progress(pace.line(name, done, made), pace.done + done, pace.total)
 
-            made = encode_shard(
-                shard, spec.plan, manifest, workers=pool, folder=store.tokens_dir, progress=inside
-            )
-            pace.done, pace.made = pace.done + made.samples, pace.made + made.made
-            facts["encoded"] += made.made > 0
-            for key, value in (("samples", made.samples), ("tokens", made.tokens), ("made", made.made)):
-                facts[key] += value
-            caches.append(str(made.path))
-            skipped += [{"source": spec.name, "shard": name, **entry} for entry in made.skipped]
+            found = encode_plans(
+                shard, [spec.plan for spec in specs], manifest, workers=pool, folder=store.tokens_dir,
+                progress=inside,
+            )  # fmt: skip
+            for spec, made in zip(specs, found):
+                pace.done, pace.made = pace.done + made.samples, pace.made + made.made
+                facts["encoded"] += made.made > 0
+                for key, value in (("samples", made.samples), ("tokens", made.tokens), ("made", made.made)):
+                    facts[key] += value
+                caches.append(str(made.path))
+                skipped += [{"source": spec.name, "shard": name, **entry} for entry in made.skipped]
     seconds = time.monotonic() - pace.begun
     rate = round(pace.made / seconds, 1) if pace.made else None
     facts |= {"seconds": round(seconds, 2), "samples_per_s": rate, "workers": count}
     return facts | {"caches": caches, "skipped": skipped}
 
 
-def _wanted(config: RunConfig, store: Store, progress: Progress) -> list[tuple[SourceSpec, Shard]]:
-    """The shards of all sources, each once for each plan, indexed."""
+def _wanted(config: RunConfig, store: Store, progress: Progress) -> list[tuple[list[SourceSpec], Shard]]:
+    """The shards of all sources, each with the sources that read it, one of each plan; indexed."""
     from ringweave.data_pipes.index import index_path
     from ringweave.data_pipes.shard_names import address_of, local_path
     from ringweave.launch.data_index import index_shards
     from ringweave.pretrain.data_store import data_specs
 
-    found: dict[tuple[str, tuple[str, ...]], tuple[SourceSpec, Shard]] = {}
+    found: dict[str, tuple[dict[tuple[str, ...], SourceSpec], Shard]] = {}
     for heldout in (False, True):
         for spec in data_specs(config.data, store, heldout=heldout):
             for shard in spec.shards:
-                found.setdefault((address_of(shard), spec.plan), (spec, shard))
+                found.setdefault(address_of(shard), ({}, shard))[0].setdefault(spec.plan, spec)
     bare = []
     for _, shard in found.values():
         path = local_path(shard)
@@ -108,4 +118,4 @@ def _wanted(config: RunConfig, store: Store, progress: Progress) -> list[tuple[S
             bare.append(shard)
     if bare:
         index_shards(bare, _STRICT, progress)
-    return list(found.values())
+    return [(list(specs.values()), shard) for specs, shard in found.values()]

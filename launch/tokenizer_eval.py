@@ -33,11 +33,17 @@ _COLUMNS = ("codec", "rate", "quality", "ids used", "encode, decode a second of 
 
 
 def evaluate(
-    tokenizers: TokenizerSet, samples: Mapping[str, Iterable[Members]], *, limit: int, progress: Progress
+    tokenizers: TokenizerSet,
+    samples: Mapping[str, Iterable[Members]],
+    *,
+    latents: Mapping[str, Iterable[Members]] | None = None,
+    limit: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """{"modalities": {name: figures of `measure`, codec, kind, sha256}, "outside": [...], "machine", "vocabulary"}.
 
-    With "latents": the same figures of a codec that has no ids, where the set has one.
+    With "latents": the same figures of a codec that has no ids, where the set has one. latents: sources of any names it
+    is measured on, else "rgba" of `samples`.
 
     Raises ConfigError if no source is of a modality the set has.
     """
@@ -47,13 +53,20 @@ def evaluate(
     def report(source: str, done: int) -> None:
         progress(f"measuring {source}", done)
 
-    measured = measure(tokenizers, _with_notes(tokenizers, samples), limit=limit, speed=True, progress=report)
+    measured = measure(
+        tokenizers,
+        _with_notes(tokenizers, samples),
+        latents=latents,
+        limit=limit,
+        speed=True,
+        progress=report,
+    )
     if not measured:
         raise ConfigError(
             "nothing to measure", why=f"sources: {', '.join(samples) or 'none'}; codecs: "
             f"{', '.join(tokenizers.codecs)}", fix="give held-out shards of a modality that the set has",
         )  # fmt: skip
-    latents = measured.pop("latents", None)
+    continuous = measured.pop("latents", None)
     for source, figures in measured.items():
         codec = codec_of(tokenizers, source)
         block = next(block for block in tokenizers.manifest.blocks if block.codec == codec)
@@ -64,10 +77,11 @@ def evaluate(
             "sha256": block.sha256,
             "brought": brought,
         }
-    if latents is not None:
+    facts: dict[str, Any] = {}
+    if continuous is not None:
         about = tokenizers.manifest.preprocessing["latents"]
-        latents = {"latents": latents | {name: about[name] for name in ("kind", "sha256", "patch")}}
-    return (latents or {}) | {
+        facts["latents"] = continuous | {name: about[name] for name in ("kind", "sha256", "patch")}
+    return facts | {
         "modalities": measured,
         "outside": [entry.to_json() for entry in OUTSIDE],
         "vocabulary": str(tokenizers.manifest.hash),

@@ -30,6 +30,7 @@ from ringweave.tokenizers.measure import (
     grounds,
     ink_f1,
     psnr,
+    psnr_nine,
     si_sdr,
 )
 from ringweave.tokenizers.segment import Segment
@@ -136,6 +137,28 @@ def _rgba(tokenizers: TokenizerSet, members: read.Members, where: str, card: Car
         ("alpha MAE", f"{alpha_mae(layers, decoded):.3f}"),
         *_facts(tokenizers, "rgba", segment, "pixel", height * width * len(layers)),
         ("size", f"{width}×{height}, {len(layers)} layers"),
+    ]
+
+
+def _latents(tokenizers: TokenizerSet, members: read.Members, where: str, card: Card, amplify: int) -> None:
+    layers = read.latent_pictures_of(members, where=where)
+    cells = [tokenizers.encode_layer(layer) for layer in layers]
+    decoded = [
+        tokenizers.decode_layer(some)[: layer.shape[0], : layer.shape[1]]
+        for some, layer in zip(cells, layers)
+    ]
+    grey = np.full((*layers[0].shape[:2], 3), 128.0)
+    for n, (layer, back) in enumerate(zip(layers[:LAYERS], decoded)):
+        lost = difference(composite([layer], grey), composite([back], grey), amplify)
+        card.rows.append([(f"layer {n}", layer), ("decoded", back), (f"difference ×{amplify}", lost)])
+    height, width = layers[0].shape[:2]
+    numbers, pixels = sum(some.size for some in cells), sum(layer[..., 0].size for layer in layers)
+    card.facts = [
+        ("PSNR over nine grounds", f"{np.mean([psnr_nine(a, b) for a, b in zip(layers, decoded)]):.1f} dB"),
+        ("alpha MAE", f"{alpha_mae(layers, decoded):.3f}"),
+        ("cells", f"{sum(some[..., 0].size for some in cells):,}"),
+        ("numbers a pixel", f"{numbers / pixels:.2f}"),
+        ("size", f"{width}×{height}, {len(layers)} layer{'s'[: len(layers) != 1]}"),
     ]
 
 
@@ -262,6 +285,10 @@ _KINDS: dict[str, tuple[str, Callable[[TokenizerSet, read.Members, str, Card, in
         "Spectrograms show the lower half of the band, over 70 dB. The difference is original - decoded, as it is.",
     ),
     "score": ("Scores", _score, "Ink that is lost is red, ink that was added is blue; not amplified."),
+    "latents": (
+        "Continuous latents", _latents,
+        "Each layer through the autoencoder; it has no ids. Differences are those over grey, amplified as they say.",
+    ),
 }  # fmt: skip
 
 
@@ -275,23 +302,32 @@ def sections(
 ) -> list[Section]:
     """The cards of up to `count` records of each modality, evenly spread over its held-out records.
 
+    samples: by modality; "latents" are records of layers or pictures.
     amplify: how many times as large differences of pictures are shown.
     """
     made = []
     wanted = [
         s for s in _KINDS if s in samples and (s in tokenizers.codecs or s == "video") and len(samples[s])
     ]
-    wanted = [source for source in wanted if codec_of(tokenizers, source) in tokenizers.codecs]
+    wanted = [s for s in wanted if s == "latents" or codec_of(tokenizers, s) in tokenizers.codecs]
     for done, source in enumerate(wanted):
         if progress is not None:
             progress(f"decoding {source}", done, len(wanted))
         title, make, note = _KINDS[source]
-        name = codec_of(tokenizers, source)
-        block = next(block for block in tokenizers.manifest.blocks if block.codec == name)
-        codec = f"{tokenizers.codecs[name].kind}, file {block.sha256[:12]}"
+        codec = _file_of(tokenizers, source)
         cards = [_card(tokenizers, make, amplify, *item) for item in samples[source].spread(count)]
         made.append(Section(source, title, codec, note, cards))
     return made
+
+
+def _file_of(tokenizers: TokenizerSet, source: str) -> str:
+    """Kind and file of the codec of a modality."""
+    if source == "latents":  # it has no ids, so no block
+        about = tokenizers.manifest.preprocessing["latents"]
+        return f"{about['kind']}, file {about['sha256'][:12]}"
+    name = codec_of(tokenizers, source)
+    block = next(block for block in tokenizers.manifest.blocks if block.codec == name)
+    return f"{tokenizers.codecs[name].kind}, file {block.sha256[:12]}"
 
 
 def _card(

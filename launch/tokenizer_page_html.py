@@ -74,7 +74,7 @@ footer{margin-top:44px;font-size:12.5px;color:var(--soft)}
 @media print{article{break-inside:avoid}audio{display:none}}
 """
 #: Smallest width of a card.
-_WIDTHS = {"text": 420, "image": 400, "rgba": 400, "video": 600, "audio": 900, "score": 900}
+_WIDTHS = {"text": 420, "image": 400, "rgba": 400, "video": 600, "audio": 900, "score": 900, "latents": 400}
 #: Pixels below a film, where players lay their controls.
 _CONTROLS = 96
 #: Hz; above it FLAC takes round rates only.

@@ -42,12 +42,16 @@ def train_set(
     out: Path,
     *,
     names: Sequence[str],
+    latents: Samples | None = None,
+    latents_heldout: Samples | None = None,
     steps: int,
     sizes: FitSizes,
     progress: Callable[[str], Any],
 ) -> dict[str, Any] | None:
     """Fit, learn and measure; {"fitted", "learned", "heldout"}, or None on ranks but the first.
 
+    latents, latents_heldout: sources of any names that "latents" learns from and is measured on, where they are not
+    those of `samples` and `heldout`. The vocabulary and its hash in "fitted" are those of the set as it is at the end.
     Every rank of a job (RANK and WORLD_SIZE, as torchrun sets them) calls it; codecs are learned over all of them.
     """
     from ringweave.tokenizers.fit import fit_tokenizers, measure
@@ -74,8 +78,9 @@ def train_set(
             if world > 1:
                 dist.barrier()
             learned = learn_codecs(
-                samples, out, names=names, schedule=Schedule(steps=steps), sizes=sizes, progress=progress
-            )
+                samples, out, names=names, schedule=Schedule(steps=steps), sizes=sizes, latents=latents,
+                progress=progress,
+            )  # fmt: skip
         except RuntimeError as error:
             from ringweave.parallel.watchdog import is_lost_peer
 
@@ -89,5 +94,7 @@ def train_set(
     if rank:
         return None
     progress("measuring on held-out records")
-    measured = measure(TokenizerSet.load(out), heldout) if heldout else {}
+    made = TokenizerSet.load(out)
+    fitted |= {"vocabulary": made.manifest.size, "hash": made.manifest.hash}
+    measured = measure(made, heldout, latents=latents_heldout) if heldout or latents_heldout else {}
     return {"fitted": fitted, "learned": learned, "heldout": measured}

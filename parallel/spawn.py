@@ -5,6 +5,7 @@ For tests and `ringweave verify`; training is launched by torchrun.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import importlib.util
 import os
@@ -53,6 +54,7 @@ class _Callable:
 def _worker(
     rank: int, world: int, store: str, timeout: float, fn: _Callable, args: tuple[Any, ...], out: Any
 ) -> None:
+    faulthandler.enable()  # a rank killed by a signal of its own says where
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     try:

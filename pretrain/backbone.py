@@ -28,13 +28,13 @@ def shape_of(config: RunConfig, *, vocab: int, channels: int = 0) -> Shape:
             norm_eps=m.norm_eps, head_chunk=m.head_chunk, window=m.window, full_every=m.full_every,
         )  # fmt: skip
     w = m.words
-    words = LWMShape(
+    words = None if w.given else LWMShape(
         vocab=vocab, layers=w.layers, width=w.width, heads=w.heads, kv_heads=w.heads,
         ffn=max(64, round(w.width * 8 / 3 / 64) * 64), norm_eps=m.norm_eps, head_chunk=m.head_chunk,
     )  # fmt: skip
     assert m.axes is not None
     return DiTShape(
-        layers=m.layers, heads=m.heads, axes=m.axes, channels=channels, out=channels, text=w.width,
+        layers=m.layers, heads=m.heads, axes=m.axes, channels=channels, out=channels, text=w.given or w.width,
         streams=m.streams, words=words, head=any(stage.words_loss > 0 for stage in config.stages),
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def diffusion_settings(config: RunConfig, stage: int) -> DiffusionSettings:
     m, f = config.model, config.flow
     return DiffusionSettings(
         flow=flow_settings(config), seed=config.run.seed, preset=m.preset, sign=m.sign, axes=len(m.axes or ()),
-        drop=f.drop_words, per=f.loss_per, words=config.stages[stage].words_loss > 0,
+        drop=f.drop_words, per=f.loss_per, words=config.stages[stage].words_loss > 0, given=m.words.given,
     )  # fmt: skip
 
 

@@ -61,10 +61,10 @@ def collate(
 
     prefix: whether the leading conditions of documents see each other both ways.
     """
-    if any(p.latents is not None for p in packs):
+    if strange := [p for p in packs if p.latents is not None or p.embeddings is not None]:
         raise DataError(
             "these packs hold continuous latents, which a model over ids has no place for",
-            where=f"pack {next(p.plan.index for p in packs if p.latents is not None)}",
+            where=f"pack {strange[0].plan.index}",
             fix="use plan items that give ids",
         )
     weights = np.stack([p.weights for p in packs])

@@ -54,10 +54,17 @@ def checkpoint_name(step: int) -> str:
 
 
 def save(
-    root: Path, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any], *, keep: int
+    root: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    manifest: dict[str, Any],
+    *,
+    keep: int,
+    stage_ends: bool = False,
 ) -> tuple[Saved, dict[str, float]]:
     """Write, commit and verify a checkpoint; every rank calls it. Gives it and {seconds, bytes}.
 
+    keep: how many of the newest stay; stage_ends: and those of the ends of stages.
     Raises StorageError on every rank, leaving older checkpoints untouched and nothing half-made behind.
     """
     started = time.monotonic()
@@ -76,7 +83,7 @@ def save(
     files: dict[str, Any] = on_first_rank(lambda: _commit(temporary, final, step, manifest))
     size = sum(f["size"] for f in files.values())
     saved = Saved(final, {**manifest, "step": step, "files": files})
-    on_first_rank(lambda: _retire(root, saved, keep))
+    on_first_rank(lambda: retire(root, saved, keep, stage_ends=stage_ends))
     return saved, {"seconds": time.monotonic() - started, "bytes": float(size)}
 
 
@@ -175,12 +182,29 @@ def _commit(temporary: Path, final: Path, step: int, manifest: dict[str, Any]) -
     return files
 
 
-def _retire(root: Path, newest: Saved, keep: int) -> None:
-    """Delete checkpoints beyond `keep`, only once the newest one reads back whole."""
+def retire(root: Path, newest: Saved, keep: int, *, stage_ends: bool = False) -> None:
+    """Delete checkpoints beyond `keep` (with stage_ends not those of stages' ends), once the newest reads back."""
     verify(newest.path)
     old = sorted((p for p in root.iterdir() if _NAME.fullmatch(p.name)), reverse=True)[max(keep, 1) :]
     for path in old:
-        shutil.rmtree(path)
+        if not (stage_ends and ended_stage(path) is not None):
+            shutil.rmtree(path)
+
+
+def ended_stage(path: Path) -> int | None:
+    """The stage (0-based) at whose end a checkpoint was made, None for one within a stage or without a manifest."""
+    try:
+        cursor = json.loads((path / "manifest.json").read_text())["cursor"]
+        return int(cursor["stage"]) - 1 if cursor["stage_step"] == 0 and cursor["stage"] > 0 else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def at_stage_ends(root: Path) -> dict[int, int]:
+    """{stage (0-based): step} of the checkpoints that are there of stages' ends, in order; none is verified."""
+    names = sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name)) if root.is_dir() else []
+    found = {ended_stage(p): int(p.name.removeprefix("step-")) for p in names}
+    return {stage: step for stage, step in found.items() if stage is not None}
 
 
 def on_first_rank(action: Callable[[], Any]) -> Any:

@@ -110,7 +110,7 @@ def _validate(
         return f"{source}:{line}" if line else source
 
     try:
-        return RunConfig.model_validate(tree.value, context={"world": world})
+        return RunConfig.model_validate(_by_kind(tree.value), context={"world": world})
     except CrossFieldError as error:
         problems = [
             Problem(where(p), _dotted(p), f"{_dotted(p)}: {text}", hint) for p, text, hint in error.findings
@@ -121,6 +121,23 @@ def _validate(
         found = [item for item in found if item["type"] != "too_short" or item["loc"] not in deeper]
         problems = [_problem(item, where) for item in found]
     raise ConfigError.from_problems(sorted(problems, key=_by_place), source=source)
+
+
+def _by_kind(values: Any) -> Any:
+    """`values` with the defaults that follow from the kind of model; values of another form stay for the checks.
+
+    The layouts of a dit have `norms: replicated`: modulation looks tokens up by document.
+    """
+    model, stages = (values.get(name) if isinstance(values, dict) else None for name in ("model", "stages"))
+    if not isinstance(model, dict) or model.get("kind") != "dit" or not isinstance(stages, (list, tuple)):
+        return values
+    filled = []
+    for stage in stages:
+        layout = stage.get("layout", {}) if isinstance(stage, dict) else None
+        if isinstance(layout, dict):
+            stage = {**stage, "layout": {"norms": "replicated", **layout}}
+        filled.append(stage)
+    return {**values, "stages": filled}
 
 
 def _by_place(problem: Problem) -> tuple[str, int]:
@@ -249,7 +266,7 @@ def _apply_override(values: dict[str, Any], item: str) -> KeyPath:
 _HARMLESS = re.compile(
     r"(run\.(dir|name)|log(\..*)?|checkpoint(\..*)?|timeout(\..*)?|tokenizers\.dir|data\.dir|data\.sources\.\d+\.(heldout|pipe)(\..*)?"
     r"|data\.(workers|remote|cache|quarantine)(\..*)?|data\.allow_pipe"
-    r"|stages\.\d+\.layout(\..*)?|stages\.\d+\.(micro_batch|recompute)|model\.head_chunk|engine(\..*)?)"
+    r"|stages\.\d+\.layout(\..*)?|stages\.\d+\.(micro_batch|recompute|recompute_memory)|model\.head_chunk|engine(\..*)?)"
 )
 _IMPOSSIBLE = re.compile(
     r"model\..*|data\.sources\.\d+\.(name|plan|shards)(\..*)?|run\.seed|data\.(lanes|epochs)"

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ringweave.data_pipes.plan_items import ITEMS, entries, of_latents, parse_entry
+from ringweave.pretrain.config_words import words_problems
 from ringweave.pretrain.source_weights import parts_of, stage_shares
 
 if TYPE_CHECKING:
     from ringweave.pretrain.config_schema import Layout, ModelSection, RunConfig, Stage
 
 #: What a plan may name, in the order of docs/config.md. A trailing "?" makes the item a condition: seen, without loss.
-PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video", "latents")
+PLAN_ITEMS = ("text", "caption", "image", "rgba", "score", "audio", "video", "latents", "embeddings")
 
 #: The plan of each source of the demo data, for commands that are given no config.
 DEFAULT_PLANS: dict[str, tuple[str, ...]] = {
@@ -69,6 +70,7 @@ def cross_problems(config: RunConfig, *, world: int | None = None) -> list[Findi
         *_data_problems(config),
         *_world_problems(config, world),
         *_engine_problems(config),
+        *_recompute_problems(config),
         *(found for i in range(len(config.stages)) for found in layout_problems(config, i)),
     ]
 
@@ -118,6 +120,12 @@ def _kind_problems(config: RunConfig) -> Iterator[Finding]:
                 f"leave it out: it belongs to kind: {'lwm' if model.kind == 'dit' else 'dit'}",
             )
     if model.kind == "lwm":
+        if config.log.previews:
+            yield (
+                ("log", "previews"),
+                f"log.previews = {config.log.previews} with kind: lwm",
+                "leave it out: previews are pictures of a dit",
+            )
         for i, stage in enumerate(config.stages):
             if stage.words_loss:
                 yield (
@@ -149,11 +157,18 @@ def _dit_problems(config: RunConfig) -> Iterator[Finding]:
             f"ffn = {model.ffn}, 4 · width = {4 * model.width}",
             "leave ffn out: the stock class that reads exports has 4 · width",
         )
+    yield from words_problems(config)
     if model.words.width % model.words.heads or (model.words.width // model.words.heads) % 2:
         yield (
             ("model", "words", "heads"),
             f"words.width {model.words.width} / words.heads {model.words.heads} is no even head size",
             "choose heads that divide the width into even parts",
+        )
+    if config.log.previews and not any(source.heldout for source in config.data.sources):
+        yield (
+            ("log", "previews"),
+            f"log.previews = {config.log.previews}, and no source has held-out shards",
+            "name heldout shards of a source: previews are made of them",
         )
     if config.engine.kind == "deepspeed":
         yield (
@@ -166,8 +181,11 @@ def _dit_problems(config: RunConfig) -> Iterator[Finding]:
             yield (
                 ("stages", i, "layout", "norms"),
                 f"norms: sequence with kind: dit and tp = {stage.layout.tp}",
-                "set norms: replicated: modulation looks tokens up by document, so every rank keeps all of them",
+                "leave norms out or set norms: replicated: modulation looks tokens up by document, so every rank "
+                "keeps all of them",
             )
+        if model.words.given:
+            continue
         if stage.layout.tp > 1 and model.words.heads % stage.layout.tp:
             yield (
                 ("stages", i, "layout", "tp"),
@@ -243,6 +261,16 @@ def _engine_problems(config: RunConfig) -> Iterator[Finding]:
             f"engine.offload = {engine.offload} with engine.kind = {engine.kind}",
             "only DeepSpeed offloads: set engine.kind: deepspeed, or engine.offload: none",
         )
+
+
+def _recompute_problems(config: RunConfig) -> Iterator[Finding]:
+    for i, stage in enumerate(config.stages):
+        if stage.recompute_memory is not None and stage.recompute != "auto":
+            yield (
+                ("stages", i, "recompute_memory"),
+                f"recompute_memory = {stage.recompute_memory} with recompute: {stage.recompute}",
+                "set recompute: auto, which chooses by it, or leave it out",
+            )
 
 
 def _engine_layout_problems(config: RunConfig, stage: Stage, i: int) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from ringweave.pretrain.config_data import DataSection
 from ringweave.pretrain.config_layouts import with_suggestions
 from ringweave.pretrain.errors import redact
 from ringweave.pretrain.source_weights import stage_shares
-from ringweave.pretrain.units import Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
+from ringweave.pretrain.units import Bytes, Context, Interval, Number, Seconds, Switch, Text, Tokens, Whole
 
 #: Names of tokenizers/segment.py's MODALITIES; repeated here so that reading a config imports no numpy.
 MODALITIES = ("control", "text", "image", "rgba", "video", "audio", "score", "symbolic", "midi")
@@ -40,11 +40,15 @@ class TokenizersSection(Section):
 
 
 class WordsSection(Section):
-    """The small decoder that makes the words of a diffusion document into vectors, trained along with the model."""
+    """The small decoder that makes the words of a diffusion document into vectors, trained along with the model.
+
+    given: numbers of the vectors that the records hold instead (plan item `embeddings`); 0: none, there is a decoder.
+    """
 
     layers: Annotated[Whole, Field(ge=0)] = 2
     width: Count = 256
     heads: Count = 4
+    given: Annotated[Whole, Field(ge=0)] = 0
 
 
 class ModelSection(Section):
@@ -183,7 +187,9 @@ class Layout(Section):
 class Stage(Section):
     """A part of the run at one context length. `tokens` counts packed slots, padding included.
 
-    words_loss: of a dit, the weight of the words' next-token loss beside the flow loss, which has weight 1.
+    recompute "auto": by a table of memory and time measured at the start of the stage; recompute_memory: what a rank
+    may use (none: what the machine has). words_loss: of a dit, the weight of the words' next-token loss beside the
+    flow loss, which has weight 1.
     """
 
     context: Annotated[Context, Field(ge=2)]
@@ -191,7 +197,8 @@ class Stage(Section):
     batch: Count
     micro_batch: Count = 1
     rope_theta: Positive = 1e4
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full", "auto"] = "none"
+    recompute_memory: Bytes | None = None
     words_loss: NonNegative = 0.0
     layout: Layout = Layout()
     weights: dict[str, NonNegative] | None = None
@@ -238,10 +245,14 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    """Steps between two lines on the terminal, and whether TensorBoard files are written."""
+    """Steps between two lines on the terminal, and whether TensorBoard files are written.
+
+    previews: of a dit, documents of each held-out source that are made anew by the model of each stage's end.
+    """
 
     every: Count = 10
     tensorboard: Switch = True
+    previews: Annotated[Whole, Field(ge=0, le=64)] = 0
 
 
 class TimeoutSection(Section):

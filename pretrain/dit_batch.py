@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class DiffusionSettings:
 
     preset, sign, axes: of the positions (see `dit_positions.py`); drop: share of documents that go without their
     words; per: over what losses are means, "token", "layer" or "sample"; words: weight of the words' own loss is
-    above 0.
+    above 0; given: numbers of the vectors that documents hold for their words, 0 where they hold ids.
     """
 
     flow: FlowSettings = field(default_factory=FlowSettings)
@@ -55,12 +56,13 @@ class DiffusionSettings:
     drop: float = 0.1
     per: str = "token"
     words: bool = False
+    given: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class DiTBatch(Batch):
     """As `Batch`, with what a diffusion transformer reads (see `DiT.forward`); weights and modality are of each
-    slot's own loss."""
+    slot's own loss. vectors [n, l, text]: of given words, the model's `embeddings`; None where words are ids."""
 
     kind: Tensor
     places: Tensor
@@ -69,6 +71,7 @@ class DiTBatch(Batch):
     words: Tensor
     latents: Tensor
     velocity: Tensor
+    vectors: Tensor | None = None
 
     @property
     def segments(self) -> int:
@@ -81,7 +84,8 @@ class DiTBatch(Batch):
             "kind", "places", "segment", "sigma", "documents", "words", "owner", "order", "latents", "velocity",
             "targets",
         )  # fmt: skip
-        return {name: getattr(self, name)[part] for name in names}
+        given = {} if self.vectors is None else {"embeddings": self.vectors[part]}
+        return {name: getattr(self, name)[part] for name in names} | given
 
 
 class _Slots:
@@ -100,6 +104,15 @@ class _Slots:
         self.latents = np.zeros((size, channels), np.float32)
         self.velocity = np.zeros((size, channels), np.float32)
         self.levels = np.zeros(len(pack.plan.pieces), np.float32)
+        #: row of `pack.embeddings` that is the vector of a slot, -1 for none
+        self.row = np.full(size, -1, np.int32)
+        at = is_vector(pack)
+        self.row[at] = np.arange(int(at.sum()))
+
+
+def is_vector(pack: Pack) -> NDArray[np.bool_]:
+    """bool [L]: whether a slot is a word that is given as a vector."""
+    return (pack.ids == PLACEHOLDER) & (pack.modality == MODALITY_ID["text"])
 
 
 def sample_name(piece: Piece) -> str:
@@ -119,8 +132,9 @@ def collate_diffusion(
     """Noise the packs and keep the slots of ring rank `rank` under `ring` (None: all slots).
 
     channels: of the model's latents. levels: for validation, one level for each pack in place of drawn ones, with
-    noise that training never draws and words never dropped. Raises DataError for latents of other channels and for a
-    document that is not whole, NonFiniteError for latents that are not finite.
+    noise that training never draws and words never dropped. Raises DataError for latents of other channels, for words
+    that are ids where vectors are given or vectors of another width, and for a document that is not whole,
+    NonFiniteError for latents and vectors that are not finite.
     """
     filled = [
         _fill(pack, settings, channels, None if levels is None else levels[number])
@@ -154,7 +168,18 @@ def collate_diffusion(
         segment=torch.from_numpy(np.maximum(documents, 0)[mine].reshape(len(packs), -1).astype(np.int64)),
         sigma=torch.from_numpy(sigma), words=torch.from_numpy(words),
         latents=torch.from_numpy(own("latents")), velocity=torch.from_numpy(own("velocity")),
+        vectors=_vectors(packs, own("row"), settings.given) if settings.given else None,
     )  # fmt: skip
+
+
+def _vectors(packs: Sequence[Pack], rows: NDArray[Any], width: int) -> Tensor:
+    """float32 [n, l, width] of the slots here, whose rows of their pack's vectors are given; 0 where there is none: the
+    empty prompt is one vector of zeros."""
+    out = np.zeros((*rows.shape, width), np.float32)
+    for pack, row, vectors in zip(packs, rows, out):
+        if pack.embeddings is not None:
+            vectors[row >= 0] = pack.embeddings[row[row >= 0]]
+    return torch.from_numpy(out)
 
 
 def _lengths(documents: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -173,6 +198,17 @@ def _fill(pack: Pack, settings: DiffusionSettings, channels: int, level: float |
             f"latents of {pack.latents.shape[1]} channels, the model reads {channels}",
             where=f"pack {pack.plan.index}",
             fix="encode the data with the codec of latents that the run names",
+        )
+    if pack.embeddings is not None and pack.embeddings.shape[1] != settings.given:
+        wanted = (
+            f"the model reads vectors of {settings.given}"
+            if settings.given
+            else "the model reads words as ids"
+        )
+        raise DataError(
+            f"embeddings of {pack.embeddings.shape[1]} numbers, {wanted}",
+            where=f"pack {pack.plan.index}",
+            fix="set model.words.given to the numbers of a vector in the records",
         )
     slots = _Slots(pack, channels, settings.axes)
     grids: dict[int, list[GridSpan]] = {}
@@ -200,7 +236,8 @@ def _fill_document(
     first = spans[0].at if spans else inside.stop
     cells = sum(span.cells for span in spans)
     targets = [span for span in spans if not span.condition]
-    latent = int((pack.ids[inside] == PLACEHOLDER).sum())
+    given = int((slots.row[inside] >= 0).sum())
+    latent = int((pack.ids[inside] == PLACEHOLDER).sum()) - given
     if piece.start or first + cells != inside.stop or latent != cells or first == inside.start or not targets:
         raise DataError(
             "a document is no whole document of words and latents",
@@ -208,6 +245,7 @@ def _fill_document(
             why="it was cut at the end of a context, or its plan is not one of latents",
             fix="raise the context above the longest document, and use plans of `latents`",
         )
+    _check_words(slots, pack, piece, slice(inside.start, first), given, settings)
     name, draw = sample_name(piece), piece.epoch
     number = int(pack.doc[inside.start])
     words = slice(inside.start, first)
@@ -231,10 +269,35 @@ def _fill_document(
     _noise(slots, pack, piece, spans, settings, drawn, draw)
 
 
+def _check_words(
+    slots: _Slots, pack: Pack, piece: Piece, words: slice, given: int, settings: DiffusionSettings
+) -> None:
+    """The words of a document are all vectors where those are given, or `bos` alone, the empty prompt."""
+    where = f"{piece.source} sample {piece.sample}"
+    count = words.stop - words.start
+    if settings.given and given != count and (given or count > 1):
+        raise DataError(
+            f"a document with {count - given} words as ids, the model reads vectors of words",
+            where=where,
+            fix="put `embeddings` into the plan in the place of its words",
+        )
+    if given:
+        assert pack.embeddings is not None
+        if not np.isfinite(pack.embeddings[slots.row[words]]).all():
+            raise NonFiniteError(
+                "embeddings of a document are not finite",
+                where=where,
+                why="the record gave them; no parameter was updated",
+                fix="see the record: ringweave data show; leave it out or mend it, and resume",
+            )
+
+
 def _drop_words(slots: _Slots, words: slice, drop: bool) -> slice:
-    """The slots of the words that stay. Where they are dropped this is one, the last, with the empty prompt's id."""
+    """The slots of the words that stay. Where they are dropped this is one, the last, with the empty prompt's id (or no
+    vector)."""
     if drop:
         slots.documents[words.start : words.stop - 1] = -1
+        slots.row[words] = -1
         words = slice(words.stop - 1, words.stop)
         slots.ids[words] = BOS
     return words

@@ -22,6 +22,7 @@ from ringweave.pretrain.models.dit import LATENT, WORD, DiT
 from ringweave.pretrain.models.dit_positions import Grid, document_positions
 from ringweave.tokenizers.errors import DataError
 from ringweave.tokenizers.manifest import BOS
+from ringweave.tokenizers.segment import LATENT as PLACEHOLDER
 
 F32 = NDArray[np.float32]
 Solver = Literal["euler", "heun"]
@@ -31,12 +32,14 @@ SOLVERS: tuple[Solver, ...] = ("euler", "heun")
 @dataclass(frozen=True, slots=True, eq=False)
 class Wish:
     """A document to make. words: ids without `bos`; grids: of all its layers in order; given: latents [cells, channels]
-    of each grid that is a condition, in order."""
+    of each grid that is a condition, in order; embeddings: vectors [n, text] of its words in place of ids, for a model
+    that reads those."""
 
     name: str
     words: Sequence[int]
     grids: Sequence[Grid]
     given: Sequence[F32] = field(default_factory=tuple)
+    embeddings: F32 | None = None
 
     def __post_init__(self) -> None:
         wanted = [grid.cells for grid in self.grids if grid.condition]
@@ -49,7 +52,8 @@ class Wish:
     @property
     def size(self) -> int:
         """Slots it takes, with its words."""
-        return 1 + len(self.words) + sum(grid.cells for grid in self.grids)
+        words = 1 + len(self.words) if self.embeddings is None else len(self.embeddings)
+        return words + sum(grid.cells for grid in self.grids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +68,10 @@ class SampleSettings:
 
 
 class _Packed:
-    """Wishes in one pack, with or without their words."""
+    """Wishes in one pack, with or without their words; without, a document has `bos` or one vector of zeros."""
 
     def __init__(self, wishes: Sequence[Wish], settings: DiffusionSettings, *, words: bool) -> None:
+        vectors: list[tuple[slice, F32]] = []
         ids: list[int] = []
         kind: list[int] = []
         order: list[int] = []
@@ -76,6 +81,9 @@ class _Packed:
         self.given: list[tuple[slice, F32]] = []
         for number, wish in enumerate(wishes):
             text = [BOS, *(wish.words if words else ())]
+            if words and wish.embeddings is not None:
+                text = [PLACEHOLDER] * len(wish.embeddings)
+                vectors.append((slice(len(ids), len(ids) + len(text)), wish.embeddings))
             ids += text
             kind += [WORD] * len(text)
             order += range(len(text))
@@ -99,6 +107,11 @@ class _Packed:
         self.ids, self.kind = torch.tensor([ids]), torch.tensor([kind])
         self.order, self.documents = torch.tensor([order]), torch.tensor([document], dtype=torch.int32)
         self.places = torch.from_numpy(np.concatenate(places)).long()[None]
+        self.embeddings: torch.Tensor | None = None
+        if settings.given:
+            self.embeddings = torch.zeros(1, len(ids), settings.given)
+            for slots, values in vectors:
+                self.embeddings[0, slots] = torch.from_numpy(values)
 
     def velocity(self, model: DiT, states: list[list[F32]], levels: Sequence[float]) -> list[list[F32]]:
         """Velocities of every target of every wish, at a level of each."""
@@ -113,6 +126,7 @@ class _Packed:
         out = model(
             self.ids, kind=self.kind, places=self.places, segment=self.documents.long(), sigma=sigma,
             documents=self.documents, words=self.kind == WORD, order=self.order, latents=latents,
+            embeddings=self.embeddings,
         )[0]  # fmt: skip
         return [[out[slots].numpy() for slots in own] for own in self.targets]
 
@@ -132,6 +146,24 @@ def guided(conditioned: F32, plain: F32, settings: SampleSettings) -> F32:
     return out.astype(np.float32)
 
 
+def _check_words(wish: Wish, settings: DiffusionSettings) -> None:
+    """DataError for ids where the model reads vectors, vectors where it reads ids, and other vectors than it reads."""
+    if wish.embeddings is None:
+        if settings.given and len(wish.words):
+            raise DataError(
+                f"document {wish.name}: words as ids, the model reads vectors of {settings.given} numbers",
+                fix="give them as `embeddings`",
+            )
+        return
+    shape = list(wish.embeddings.shape)
+    if not settings.given or len(wish.words):
+        raise DataError(f"document {wish.name}: embeddings {shape}, the model reads words as ids")
+    if len(shape) != 2 or not shape[0] or shape[1] != settings.given:
+        raise DataError(
+            f"document {wish.name}: embeddings {shape}", why=f"the model reads [words, {settings.given}]"
+        )
+
+
 @torch.no_grad()
 def sample(
     model: DiT,
@@ -141,11 +173,13 @@ def sample(
 ) -> list[list[F32]]:
     """Latents [cells, channels] of every target of every wish, in order, made in one pack.
 
-    Raises DataError for settings that make no walk.
+    Raises DataError for settings that make no walk, and for words that the model does not read.
     """
     settings = settings or SampleSettings()
     if settings.steps < 1 or not math.isfinite(settings.guidance):
         raise DataError(f"a walk of {settings.steps} steps with guidance {settings.guidance}")
+    for wish in wishes:
+        _check_words(wish, diffusion)
     with_words = _Packed(wishes, diffusion, words=True)
     without = _Packed(wishes, diffusion, words=False) if settings.guidance != 1.0 else None
 

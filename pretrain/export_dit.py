@@ -1,9 +1,10 @@
 """Diffusion runs as diffusers folders, each proven by loading it back with the stock classes.
 
 `transformer/` is a `QwenImageTransformer2DModel`, `text_encoder/` a Llama of the model's own words, `vae/` an
-`AutoencoderKLQwenImage` of four channels, beside `scheduler/`, `tokenizer/` and model_index.json. ringweave.json holds
-what these cannot say: how layers are numbered, how prompts begin, which documents stock code reproduces
-(`stock_positions.py`). `import_dit.py` reads a folder back, `layer_pipeline.py` runs one with our positions.
+`AutoencoderKLQwenImage` of four channels, beside `scheduler/`, `tokenizer/` and model_index.json; a run whose words are
+given as vectors has neither text encoder nor tokenizer. ringweave.json holds what these cannot say: how layers are
+numbered, how prompts begin, which documents stock code reproduces (`stock_positions.py`). `import_dit.py` reads a
+folder back, `layer_pipeline.py` runs one with our positions.
 """
 
 from __future__ import annotations
@@ -192,11 +193,18 @@ def _write_index(out: Path, *, layered: bool) -> str:
     return name
 
 
-def _stock_cannot(preset: Preset, flow: FlowSettings, *, sign: int, layered: bool) -> list[str]:
+def _stock_cannot(
+    shape: DiTShape, preset: Preset, flow: FlowSettings, *, sign: int, layered: bool
+) -> list[str]:
     said = cannot_say(preset=preset, sign=sign, layered=layered)
     said.append(
-        "prompts of text: the stock pipelines put a chat template of Qwen around them and drop its 34 ids; give them "
-        "prompt_embeds, which are the last hidden states of text_encoder over bos and the ids of the tokenizer"
+        "prompts of text: there is no text_encoder and no tokenizer, for the run's words were vectors of "
+        f"{shape.text} numbers in its records; load the pipeline with text_encoder=None and tokenizer=None, and "
+        "give it prompt_embeds by the model that made those, and as negative_prompt_embeds one vector of zeros, the "
+        "empty prompt of training"
+        if shape.words is None
+        else "prompts of text: the stock pipelines put a chat template of Qwen around them and drop its 34 ids; give "
+        "them prompt_embeds, which are the last hidden states of text_encoder over bos and the ids of the tokenizer"
     )
     if layered:
         said.append(
@@ -244,7 +252,7 @@ def write_diffusers(
         _write_parts(
             model, making, flow, codec, tokenizers, layered, context=context, shard_bytes=shard_bytes
         )
-        cannot = _stock_cannot(preset, flow, sign=sign, layered=layered)
+        cannot = _stock_cannot(model.shape, preset, flow, sign=sign, layered=layered)
         private = _private(model, codec, flow, preset=preset, sign=sign) | {"stock_cannot": cannot}
         write_json(making / PRIVATE, private | (about or {}))
         record = {
@@ -300,7 +308,7 @@ def _write_parts(
                 fix="put the tokenizers the run was trained with back into tokenizers.dir",
             )
         codec.save_diffusers(making / "vae")
-    if tokenizers is not None:
+    if tokenizers is not None and model.words is not None:
         loaded = TokenizerSet.load(tokenizers)
         if "text" in loaded.codecs:
             (making / "tokenizer").mkdir()
@@ -318,6 +326,10 @@ def _private(
             "mean": list(codec.config["latents_mean"]),
             "std": list(codec.config["latents_std"]),
         }
+    begin = "every prompt begins with bos, the empty one is bos alone"
+    prompts: dict[str, Any] = {"prompts": {"begin_with": BOS, "empty": [BOS]}}
+    if s.words is None:
+        begin, prompts = f"words are vectors of {s.text} numbers, the empty prompt is one of zeros", {}
     return {
         "format": FORMAT,
         "preset": preset,
@@ -328,8 +340,8 @@ def _private(
         "zero_init": s.zero_init,
         "latents": latents,
         "flow": asdict(flow),
-        "prompts": {"begin_with": BOS, "empty": [BOS]},
-        "documents": "targets first, conditions behind them; every prompt begins with bos, the empty one is bos alone",
+        **prompts,
+        "documents": f"targets first, conditions behind them; {begin}",
     }
 
 

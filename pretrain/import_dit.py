@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,15 @@ import torch
 
 from ringweave.pretrain.export import llama_name
 from ringweave.pretrain.models.dit import DiT, DiTShape
-from ringweave.pretrain.models.dit_positions import PRESETS
 from ringweave.pretrain.models.dit_words import ROPE_THETA
 from ringweave.pretrain.models.lwm import LWMShape
+from ringweave.pretrain.private_fields import MOST, check_against, check_fields, check_words, words_of
 from ringweave.tokenizers.errors import VocabularyError
 from ringweave.tokenizers.manifest import BOS, EOS, PAD
 from ringweave.tokenizers.outside_files import Weights, check_shapes, diffusers_config, read_weights
 
 #: Our own fields, beside the stock files.
 PRIVATE, FORMAT = "ringweave.json", 1
-#: Sizes that a config may ask for.
-MOST = 1 << 24
 
 
 def read_diffusers(folder: Path) -> DiT:
@@ -38,25 +36,36 @@ def read_diffusers(folder: Path) -> DiT:
     """
     folder = Path(folder)
     root = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    about = read_private(folder) if (folder / PRIVATE).is_file() else None
     weights = read_weights(root)
-    shape = _stock_shape(weights)
+    shape = stock_shape(stock_arguments(weights))
     tensors = dict(weights.tensors)
-    if (folder / PRIVATE).is_file():
-        about = read_private(folder)
+    if about is not None:
         shape = _with_words(shape, folder, about)
         if shape.words is not None:
             tensors |= _words(folder / "text_encoder", shape)
-    with torch.device("meta"):
-        model = DiT(shape)
+    model = _bare(shape, where=str(root))
     asked = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(asked, {name: tuple(value.shape) for name, value in tensors.items()}, where=str(root))
+    if about is not None:
+        check_against(about, shape, where=str(folder / PRIVATE))
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def _stock_shape(weights: Weights) -> DiTShape:
-    """Sizes of a `QwenImageTransformer2DModel` by its config.json."""
-    config = stock_arguments(weights)
+def _bare(shape: DiTShape, *, where: str) -> DiT:
+    """The model without memory. VocabularyError for sizes whose products no tensor can have."""
+    try:
+        with torch.device("meta"):
+            return DiT(shape)
+    except (RuntimeError, OverflowError, ValueError) as error:
+        raise VocabularyError(
+            "the sizes do not describe a model", where=where, why=str(error).splitlines()[0][:200]
+        ) from error
+
+
+def stock_shape(config: Mapping[str, Any]) -> DiTShape:
+    """Sizes of a `QwenImageTransformer2DModel` by its arguments (`stock_arguments`)."""
     axes = tuple(config["axes_dims_rope"])
     return DiTShape(
         layers=config["num_layers"], heads=config["num_attention_heads"], axes=axes,
@@ -72,7 +81,8 @@ def stock_arguments(weights: Weights) -> dict[str, Any]:
     where = f"{weights.where}: config.json"
     given = diffusers_config(weights, QwenImageTransformer2DModel)
     config = {**_DEFAULTS, **given}
-    config["out_channels"] = config["out_channels"] or config["in_channels"]
+    if config["out_channels"] is None:
+        config["out_channels"] = config["in_channels"]
     counts = [name for name in _DEFAULTS if type(_DEFAULTS[name]) is int]
     wrong = [name for name in counts if type(config[name]) is not int or not 0 < config[name] <= MOST]
     wrong += [name for name in _DEFAULTS if type(_DEFAULTS[name]) is bool and type(config[name]) is not bool]
@@ -122,24 +132,17 @@ def read_private(folder: Path) -> dict[str, Any]:
             f"no readable {PRIVATE} in the folder", where=str(folder), why=f"{type(error).__name__}: {error}",
             fix="export the run again: ringweave export RUN",
         ) from error  # fmt: skip
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FORMAT or type(about["format"]) is not int:
         raise VocabularyError(f"{PRIVATE} is not of format {FORMAT}", where=str(path))
-    if about.get("preset") not in PRESETS or type(about.get("sign")) is not int or abs(about["sign"]) != 1:
-        raise VocabularyError(
-            f"{PRIVATE} does not say how layers are numbered", where=str(path),
-            why=f"preset is {about.get('preset')!r}, sign {about.get('sign')!r}",
-        )  # fmt: skip
+    check_fields(about, where=str(path))
     return about
 
 
 def _with_words(shape: DiTShape, folder: Path, about: Mapping[str, Any]) -> DiTShape:
     """The shape of the stock class with the words that ringweave.json tells of."""
-    head, zero = about.get("head", False), about.get("zero_init", True)
-    if type(head) is not bool or type(zero) is not bool:
-        raise VocabularyError(
-            f"head is {head!r}, zero_init {zero!r}; both are true or false", where=str(folder / PRIVATE)
-        )
-    return replace(shape, words=words_shape(folder, about), head=head, zero_init=zero)
+    head, zero, words = about.get("head", False), about.get("zero_init", True), words_shape(folder, about)
+    check_words(words, shape.text, where=str(folder / PRIVATE))
+    return replace(shape, words=words, head=head, zero_init=zero)
 
 
 def words_shape(folder: Path, about: Mapping[str, Any]) -> LWMShape | None:
@@ -147,16 +150,9 @@ def words_shape(folder: Path, about: Mapping[str, Any]) -> LWMShape | None:
     words, where = about.get("words"), str(folder / PRIVATE)
     if words is None and not (folder / "text_encoder").exists():
         return None
-    if not isinstance(words, dict):
+    if words is None:
         raise VocabularyError(f"there is a text_encoder, and {PRIVATE} has no sizes of it", where=where)
-    known = {field.name for field in fields(LWMShape)}
-    sound = set(words) == known and words["window"] is None and type(words["norm_eps"]) is float
-    sizes = {name: words[name] for name in known - {"norm_eps", "window"}} if sound else {}
-    sound = sound and all(type(n) is int and 0 <= n <= MOST for n in sizes.values())
-    sound = sound and sizes["layers"] <= 1024 and sizes["heads"] > 0 and sizes["width"] % sizes["heads"] == 0
-    if not sound:
-        raise VocabularyError("the sizes of the words' model are damaged", where=where, why=str(words)[:200])
-    return LWMShape(**words)
+    return words_of(words, where=where)
 
 
 def llama_config(shape: LWMShape, *, head: bool = False, context: int = 4096) -> Any:
@@ -180,8 +176,8 @@ def words_name(name: str, *, head: bool) -> str:
 
 def _words(folder: Path, shape: DiTShape) -> dict[str, torch.Tensor]:
     """Parameters under `words.`, of a folder that holds a stock Llama."""
-    with torch.device("meta"):
-        names = [n for n, _ in DiT(shape).named_parameters() if n.startswith("words.")]
+    bare = _bare(shape, where=str(folder))
+    names = [n for n, _ in bare.named_parameters() if n.startswith("words.")]
     stock = {words_name(name.removeprefix("words."), head=shape.head): name for name in names}
     found = read_weights(folder).tensors
     return {stock.get(name, f"words.{name}"): value for name, value in found.items()}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ringweave.data_pipes.corpus import Corpus, SourceSpec
 from ringweave.data_pipes.make_lengths import make_lengths
-from ringweave.data_pipes.shard_names import Shard, is_remote, shard_name, shown
+from ringweave.data_pipes.shard_names import Shard, address_of, is_remote, shard_name, shown
 from ringweave.data_pipes.store import OPEN_SHARD
 from ringweave.data_pipes.stream import Documents
 from ringweave.data_pipes.token_lengths import has_lengths
@@ -30,9 +30,10 @@ from ringweave.pretrain.config import RunConfig
 from ringweave.pretrain.data_store import data_specs, store_of
 from ringweave.pretrain.errors import HangError
 from ringweave.pretrain.failure import Failure
+from ringweave.pretrain.previews import draw_at_end
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.trainer import Trainer
-from ringweave.tokenizers.errors import DataError, UserError, printable
+from ringweave.tokenizers.errors import EXIT_OK, DataError, UserError, printable
 from ringweave.tokenizers.manifest import VocabularyManifest
 from ringweave.tokenizers.set import TokenizerSet
 
@@ -65,7 +66,10 @@ def run_rank(
     failure = Failure(config, folder, rank, world)
     before = {name: os.environ.get(name) for name in LAUNCHED}
     try:
-        return _train(config, load, failure, allow_change, channels)
+        code = _train(config, load, failure, allow_change, channels)
+        if code == EXIT_OK and rank == 0 and config.log.previews:
+            draw_at_end(config, folder)  # the other ranks are gone: nobody waits
+        return code
     except UserError as e:
         return failure.raised(e)
     except Exception as e:
@@ -175,6 +179,7 @@ def open_corpus(
     workers = TokenWorkers(w.count, setup, memory_bytes=w.memory, timeout_s=w.timeout)
     try:
         wanted = [(shard, spec.plan) for spec in specs for shard in spec.shards]
+        wanted.sort(key=lambda item: address_of(item[0]))  # tasks over one shard in turn: they share pictures
         left = _without_lengths(wanted, manifest.hash, folder)
         host = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
         mine = []

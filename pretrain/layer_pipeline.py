@@ -8,7 +8,7 @@ the stock class, and so are the text encoder and the VAE; only `pos_embed`, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,16 @@ from torch import Tensor, nn
 from ringweave.kernels.rotary import axes_table
 from ringweave.pretrain.dit_sample import SampleSettings, Wish, guided, schedule, walk
 from ringweave.pretrain.flow import FlowSettings, noise_of
-from ringweave.pretrain.import_dit import PRIVATE, llama_config, read_private, stock_arguments, words_shape
+from ringweave.pretrain.import_dit import (
+    PRIVATE,
+    llama_config,
+    read_private,
+    stock_arguments,
+    stock_shape,
+    words_shape,
+)
 from ringweave.pretrain.models.dit_positions import Grid, Preset, document_positions
+from ringweave.pretrain.private_fields import check_against, check_statistics, check_words, flow_of
 from ringweave.tokenizers.errors import DataError, VocabularyError
 from ringweave.tokenizers.latent_codec import LatentCodec
 from ringweave.tokenizers.manifest import BOS
@@ -92,16 +100,19 @@ class LayerPipeline:
         folder = Path(folder)
         about = read_private(folder)
         weights = read_weights(folder / "transformer")
-        config = stock_arguments(weights)
+        config, where = stock_arguments(weights), str(folder / PRIVATE)
+        flow = flow_of(about, where=where)
         transformer = build(
             lambda: QwenImageTransformer2DModel(**config), weights.tensors, where=weights.where, device=device
         )
+        check_against(about, stock_shape(config), where=where)
+        codec = LatentCodec.from_diffusers(folder / "vae") if (folder / "vae").is_dir() else None
+        if codec is not None:
+            check_statistics(about, codec, where=where)
         return cls(
-            transformer, preset=about["preset"], sign=about["sign"],
-            text_encoder=_text_encoder(folder, about, device=device),
-            codec=LatentCodec.from_diffusers(folder / "vae") if (folder / "vae").is_dir() else None,
+            transformer, preset=about["preset"], sign=about["sign"], codec=codec, flow=flow,
+            text_encoder=_text_encoder(folder, about, text=config["joint_attention_dim"], device=device),
             tokenizer=_tokenizer(folder / "tokenizer"),
-            flow=_flow(about, where=str(folder / PRIVATE)),
         )  # fmt: skip
 
     @property
@@ -154,14 +165,22 @@ class LayerPipeline:
         )[0]  # fmt: skip
         return out[0] if one else out
 
+    def _said(self, wish: Wish) -> Tensor:
+        """Vectors [n, text] of a wish's words; where they come from the record, one of zeros is the empty prompt."""
+        if wish.embeddings is not None:
+            return torch.from_numpy(wish.embeddings)
+        if self.text_encoder is None and not wish.words:
+            return torch.zeros(1, self.transformer.config.joint_attention_dim)
+        return self.words(torch.tensor([BOS, *wish.words]))
+
     def sample(self, wish: Wish, settings: SampleSettings | None = None) -> list[F32]:
         """Latents [cells, channels] of every target of a document, in order: as `dit_sample.sample`, by stock classes.
 
-        The words of the wish are ids without bos.
+        The words of the wish are ids without bos, or vectors where the run had no encoder of its own.
         """
         settings = settings or SampleSettings()
-        told = self.words(torch.tensor([BOS, *wish.words]))
-        empty = self.words(None) if settings.guidance != 1.0 else None
+        told = self._said(wish)
+        empty = self._said(replace(wish, words=(), embeddings=None)) if settings.guidance != 1.0 else None
         ends = np.cumsum([grid.cells for grid in wish.grids]).tolist()
         slots = [slice(end - grid.cells, end) for grid, end in zip(wish.grids, ends)]
         targets = [n for n, grid in enumerate(wish.grids) if not grid.condition]
@@ -187,24 +206,39 @@ class LayerPipeline:
             noise_of(settings.seed, f"sample/{wish.name}", 0, n, (wish.grids[n].cells, channels))
             for n in targets
         ]
-        levels = schedule(settings.steps, wish.grids[targets[0]].cells, self.flow)
+        levels = self._levels(settings.steps, wish.grids[targets[0]].cells)
         return walk(velocity, [noise], [levels], solver=settings.solver)[0]
 
+    def _levels(self, steps: int, cells: int) -> list[float]:
+        """As `dit_sample.schedule`, on the folder's shift."""
+        try:
+            return schedule(steps, cells, self.flow)
+        except OverflowError as error:
+            raise DataError(
+                f"no noise levels for a target of {cells} cells", where=PRIVATE,
+                why=f"flow.shift_from {self.flow.shift_from} and flow.shift_to {self.flow.shift_to} shift them beyond "
+                "all numbers", fix="sample smaller targets, or export a run with another flow.shift",
+            ) from error  # fmt: skip
 
-def _text_encoder(folder: Path, about: dict[str, Any], *, device: str) -> Any:
+
+def _text_encoder(folder: Path, about: dict[str, Any], *, text: int, device: str) -> Any:
     """The stock LlamaModel, of the sizes that ringweave.json tells; None where the folder has none."""
     from transformers import LlamaModel
 
     shape, where = words_shape(folder, about), folder / "text_encoder"
     if shape is None:
         return None
+    check_words(shape, text, where=str(folder / PRIVATE))
     found = read_weights(where).tensors
     tensors = {
         name.removeprefix("model."): value for name, value in found.items() if name != "lm_head.weight"
     }
-    model = LlamaModel(llama_config(shape))
-    asked = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    with torch.device("meta"):  # before a file makes us take memory
+        asked = {
+            name: tuple(value.shape) for name, value in LlamaModel(llama_config(shape)).state_dict().items()
+        }
     check_shapes(asked, {name: tuple(value.shape) for name, value in tensors.items()}, where=str(where))
+    model = LlamaModel(llama_config(shape))
     model.load_state_dict(tensors)
     return model.requires_grad_(False).eval().to(device)
 
@@ -220,11 +254,3 @@ def _tokenizer(folder: Path) -> Any:
         raise VocabularyError(
             "not a readable tokenizer", where=str(folder), why=f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _flow(about: dict[str, Any], *, where: str) -> FlowSettings:
-    flow, names = about.get("flow"), {field.name for field in fields(FlowSettings)}
-    if not isinstance(flow, dict) or set(flow) != names:
-        raise VocabularyError("the settings of noise levels are damaged", where=where)
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in flow.items()}
-    return FlowSettings(**values)

@@ -60,6 +60,8 @@ def wish_of(document: Document, *, name: str) -> tuple[Wish, list[NDArray[np.flo
         condition = segment.role == "condition"
         grids.append(Grid(shape[1], shape[2], shape[0], condition))
         (given if condition else true).append(segment.latents)
+    if words.latents is not None:
+        return Wish(name, (), grids, given, words.latents), true
     return Wish(name, words.ids[1:].tolist(), grids, given), true
 
 
@@ -170,18 +172,28 @@ def sample_diffusion(
     sources: Sequence[str] = (),
     count: int = 4,
     settings: SampleSettings | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Make `count` held-out documents of each source of a run (or of `sources`), and a picture for each prompt.
 
+    step: of the checkpoint, the newest unless given.
     Writes `SOURCE.png` with rows of given | made | true, `SOURCE/made/KEY/layerN.png` and the same of true ones,
     `prompts.png`, and `samples.json`.
-    Raises ConfigError for a run of another kind and a source it does not have.
+    Raises ConfigError for a run of another kind, a source it does not have, and prompts where it reads no text.
     """
 
-    model, saved, config = load_run(run_dir)
+    model, saved, config = load_run(run_dir, step=step)
     if not isinstance(model, DiT):
         raise ConfigError(
             "this run is no diffusion run", where=str(run_dir), why=f"kind: {config.model.kind}"
+        )
+    if prompts and config.model.words.given:
+        raise ConfigError(
+            "this run cannot read a prompt",
+            where="--prompt",
+            why=f"its words are vectors of {config.model.words.given} numbers that another model made "
+            "(model.words.given): there is no text encoder in the run",
+            fix="leave --prompt out: held-out records are made from the embeddings in them",
         )
     settings = settings or SampleSettings(seed=config.run.seed)
     same_vocabulary(saved, Path(config.tokenizers.dir))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ringweave.data_pipes.pack import Piece
 from ringweave.tokenizers.bare import document as bare_document
-from ringweave.tokenizers.bare import latent_segment
+from ringweave.tokenizers.bare import embedding_segment, latent_segment
 from ringweave.tokenizers.segment import Document, Segment
 
 
@@ -44,15 +44,15 @@ class SyntheticCorpus:
 
 class SyntheticLatents:
     """Documents of words and latents: `rgba` of several layers and conditions, `video` of several frames; grids of
-    mixed and odd sizes, ids below `vocab`."""
+    mixed and odd sizes, ids below `vocab`. given: words are vectors of so many numbers instead (0: ids)."""
 
-    def __init__(self, *, vocab: int, channels: int, count: int = 24, seed: int = 0) -> None:
-        self.vocab, self.channels, self.count, self.seed = vocab, channels, count, seed
+    def __init__(self, *, vocab: int, channels: int, count: int = 24, seed: int = 0, given: int = 0) -> None:
+        self.vocab, self.channels, self.count, self.seed, self.given = vocab, channels, count, seed, given
         self.lengths: dict[str, NDArray[np.int64]] = {
             name: np.array([self._length(name, n) for n in range(count)], np.int64)
             for name in ("rgba", "video")
         }
-        self.digest = hashlib.sha256(repr((vocab, channels, count, seed)).encode()).hexdigest()
+        self.digest = hashlib.sha256(repr((vocab, channels, count, seed, given)).encode()).hexdigest()
 
     def _plan(self, source: str, sample: int) -> tuple[int, list[tuple[tuple[int, int, int], bool]]]:
         """(words, [((frames, rows, columns), condition)]) of a document."""
@@ -77,6 +77,8 @@ class SyntheticLatents:
         places = np.zeros((words, 4), np.int32)
         places[:, 0] = np.arange(words)
         text = Segment(ids, "text", places, "target") if words else None
+        if text is not None and self.given:
+            text = embedding_segment(state.standard_normal((1 + words, self.given), dtype=np.float32))
         segments = [
             latent_segment(
                 state.standard_normal((*shape, self.channels), dtype=np.float32),

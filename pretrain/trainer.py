@@ -24,13 +24,14 @@ from ringweave.pretrain import checkpoint
 from ringweave.pretrain.backbone import channels_of, make_batch, modality_weights, shape_of
 from ringweave.pretrain.batch import Batch
 from ringweave.pretrain.batch_reader import BatchReader, ReadyBatch
-from ringweave.pretrain.config import RunConfig
+from ringweave.pretrain.config import RunConfig, Stage
 from ringweave.pretrain.engine import TorchEngine, make_adamw, world_loss
 from ringweave.pretrain.errors import NonFiniteError
 from ringweave.pretrain.models.lwm import LWMShape
 from ringweave.pretrain.parallelize import build_parts
 from ringweave.pretrain.prefetch import Prefetcher, Stopped
 from ringweave.pretrain.progress import Board, Clock, environment, step_line, tokens_by_source
+from ringweave.pretrain.recompute_table import stage_table
 from ringweave.pretrain.resume import check_resume, vocabulary_record
 from ringweave.pretrain.run_folder import RunFolder
 from ringweave.pretrain.schedule import learning_rate
@@ -63,6 +64,7 @@ class StageRun:
     source: Prefetcher[ReadyBatch]
     reader: BatchReader
     layout: dict[str, int] = field(default_factory=dict)
+    recompute: str = "none"
 
 
 class Trainer:
@@ -157,8 +159,9 @@ class Trainer:
 
     def _open_stage(self, number: int) -> StageRun:
         """Build mesh, model, optimizer and stream of a stage, and load the newest checkpoint into them."""
-        cfg, stage = self.config, self.config.stages[number]
+        cfg = self.config
         watch.begin("start", step=self.cursor.step + 1)
+        stage = self._settled(number)
         layout = self._layout(number)
         mesh = Mesh.build(layout, replicate=stage.layout.replicate, ulysses=stage.layout.ulysses)
         if cfg.engine.kind == "deepspeed":
@@ -167,7 +170,7 @@ class Trainer:
             assert isinstance(self.shape, LWMShape)
             engine: TorchEngine = deepspeed_engine(cfg, stage, self.shape, mesh)
         else:
-            engine = self._torch_engine(number, mesh)
+            engine = self._torch_engine(number, stage, mesh)
         if self.saved is not None:
             state = engine.tensors()
             averaged = bool(self.saved.manifest["config"]["optimizer"].get("ema"))
@@ -186,10 +189,23 @@ class Trainer:
         for what in changes:
             self._warn(f"the data of this stage changed with the config: {what}")
         source, reader = open_source(cfg, stream, number, mesh, steps=stage.steps - self.cursor.stage_step)
-        return StageRun(number, mesh, engine, stream, ring, source, reader, layout)
+        return StageRun(number, mesh, engine, stream, ring, source, reader, layout, stage.recompute)
 
-    def _torch_engine(self, number: int, mesh: Mesh) -> TorchEngine:
-        cfg, stage = self.config, self.config.stages[number]
+    def _settled(self, number: int) -> Stage:
+        """The stage with `recompute: auto` replaced by what rank 0's table chooses, the same on every rank."""
+        stage = self.config.stages[number]
+        if stage.recompute != "auto":
+            return stage
+        found = checkpoint.on_first_rank(lambda: stage_table(self.config, number, self.shape))
+        self._log("recompute", step=self.cursor.step, **found.to_dict())
+        if self.rank == 0:
+            self.report("\n".join(found.lines()))
+        if not found.fits:
+            self._warn(f"stage {number + 1}: recompute {found.chosen}: {found.reason}")
+        return stage.model_copy(update={"recompute": found.chosen, "recompute_memory": None})
+
+    def _torch_engine(self, number: int, stage: Stage, mesh: Mesh) -> TorchEngine:
+        cfg = self.config
         parts = build_parts(
             self.shape, mesh, seed=cfg.run.seed, rope_theta=stage.rope_theta, precision=cfg.precision,
             schedule=stage.layout.schedule, virtual=stage.layout.virtual, split=stage.layout.split,
@@ -214,7 +230,7 @@ class Trainer:
         self._log(
             "stage", step=self.cursor.step, stage=number, context=stage.context, rope_theta=stage.rope_theta,
             layout=run.layout, batch=stage.batch, sources=self.config.stage_weights(number),
-            lanes=run.stream.planner.lanes, window=run.stream.planner.window,
+            lanes=run.stream.planner.lanes, window=run.stream.planner.window, recompute=run.recompute,
         )  # fmt: skip
         try:
             outcome = self._steps(run, board)
@@ -346,6 +362,7 @@ class Trainer:
             "rope_theta": self.config.stages[run.number].rope_theta,
             "shape": asdict(self.shape),
             "layout": run.layout,
+            "recompute": run.recompute,
         }
         saved, figures = checkpoint.save(
             self.folder.checkpoints,
@@ -353,6 +370,7 @@ class Trainer:
             run.engine.tensors(),
             manifest,
             keep=self.config.checkpoint.keep,
+            stage_ends=self.config.log.previews > 0,
         )
         self.saved, self.last_save = saved, time.monotonic()
         self._log("checkpoint", step=self.cursor.step, path=saved.path.name, **figures)

@@ -61,12 +61,15 @@ def run(*, quick: bool = True, world: int = 4, progress: Progress = lambda line:
     started = time.monotonic()
     known = LAYOUTS if quick and world >= 4 else LAYOUTS + MORE_LAYOUTS
     layouts = [x for x in known if _product(x) == min(world, 4)]
+    from ringweave.pretrain import verify_dit  # which builds on this module
+
     rows = [check_packing("fp64"), check_packing("fp32"), check_isolation()]
+    rows += [verify_dit.check_packing("fp64"), verify_dit.check_isolation()]
     progress(f"law 1, packed = separate: {_word(rows)}")
     with tempfile.TemporaryDirectory() as place:
         ranks = min(world, 4)
         progress(f"laws 2 and 3: {len(layouts)} layouts and a run that dies twice, on {ranks} processes …")
-        found, resumed = run_ranks(ranks, _world_worker, layouts, place, ranks, timeout=600)[0]
+        found, resumed = run_ranks(ranks, _world_worker, layouts, place, ranks, quick, timeout=600)[0]
     rows += [*found, resumed]
     progress(f"law 2, any layout = one process: {_word(found)}")
     progress(f"law 3, resumed = uninterrupted: {_word([resumed])}")
@@ -179,10 +182,17 @@ def check_isolation() -> dict[str, Any]:
 
 
 def _world_worker(
-    layouts: list[dict[str, int]], place: str, world: int
+    layouts: list[dict[str, int]], place: str, world: int, quick: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Laws 2 and 3 in one start of the processes, which is most of what either costs."""
-    return _layout_worker(layouts, "fp32"), _resume_worker(place, world)
+    """Laws 2 and 3 in one start of the processes, which is most of what either costs.
+
+    quick: the diffusion transformer on single axes only.
+    """
+    from ringweave.pretrain import verify_dit
+
+    some = [x for x in layouts if len(x) == 1 or not quick]
+    rows = _layout_worker(layouts, "fp32") + verify_dit.check_rows(some)
+    return rows, _resume_worker(place, world)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,26 @@ def backbone(shape: DiTShape = SHAPE, settings: DiffusionSettings = SETTINGS) ->
     return verify.Backbone(shape, batch, WEIGHTS)
 
 
+@lru_cache
+def _right(
+    precision: str, shape: DiTShape
+) -> tuple[list[Pack], tuple[float, dict[str, torch.Tensor], float]]:
+    """The packs, and what one process makes of them."""
+    packs = make_packs()
+    return packs, reference(packs, precision, shape=shape)
+
+
 def check_rows(rows: Sequence[Mapping[str, Any]], precision: str = "fp32") -> list[dict[str, Any]]:
     """Law 2 for every layout in `rows`, on the running world."""
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    packs = make_packs()
     found = []
     for row in rows:
         shape = replace(SHAPE, streams=row.get("streams", "double"))
         options = {key: value for key, value in row.items() if key != "streams"}
-        right = reference(packs, precision, shape=shape)
+        packs, right = _right(precision, shape)
         result = verify.check_layout(options, packs, right, precision, backbone(shape))
-        found.append({**result, "model": "dit"})
+        named = f"dit {result['layout']}" + (", one stream" if shape.streams == "single" else "")
+        found.append({**result, "layout": named, "model": "dit"})
     return found
 
 

@@ -1,8 +1,9 @@
 """`ringweave verify parallel`: law 2 over the whole matrix of layouts that a number of ranks allows.
 
 Every factorisation over the four axes, and beside them what a stage's layout can choose: ring layouts and transports,
-Ulysses, pipeline schedules, copies of the parameters, norms, recompute, and the DeepSpeed engine; for a causal model
-and a bidirectional one. Each row compares loss, every gradient and the gradient norm with one process.
+Ulysses, pipeline schedules, copies of the parameters, norms, recompute, and the DeepSpeed engine; for a causal model,
+a bidirectional one, and the diffusion transformer where it has the choice. Each row compares loss, every gradient and
+the gradient norm with one process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from ringweave.parallel.mesh import AXES
 from ringweave.parallel.spawn import run_ranks
 from ringweave.pretrain import verify
 
-MODELS = ("causal", "bidirectional")
+MODELS = ("causal", "bidirectional", "dit")
+#: Choices that the diffusion transformer does not have.
+NOT_DIT = ("engine", "norms")
 
 
 def factorisations(world: int, *, heads: int, layers: int) -> Iterator[dict[str, int]]:
@@ -95,14 +98,21 @@ def model_packs(mask: str) -> list[Pack]:
 def check_rows(rows: Sequence[Mapping[str, Any]], precision: str = "fp32") -> list[dict[str, Any]]:
     """Every row for both models, on the running world."""
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    from ringweave.pretrain import verify_dit
+
     found = []
-    for mask in MODELS:
+    for mask in MODELS[:2]:
         packs = model_packs(mask)
         reference = verify._reference(packs, precision, prefix=mask == "bidirectional")
         for row in rows:
             started = time.monotonic()
             result = verify.check_layout({**row, "mask": mask}, packs, reference, precision)
             found.append({**result, "model": mask, "seconds": round(time.monotonic() - started, 2)})
+    for row in rows:
+        if not set(row) & set(NOT_DIT):
+            started = time.monotonic()
+            (result,) = verify_dit.check_rows([row], precision)
+            found.append({**result, "seconds": round(time.monotonic() - started, 2)})
     return found
 
 

@@ -154,6 +154,20 @@ def training_layers(reader: RecordReader) -> list[Any]:
     return [layer for record in reader("rgba", read.layers_of) for layer in record]
 
 
+def training_latents(reader: RecordReader, sources: Iterable[str]) -> tuple[list[Any], list[Any]]:
+    """(layers, opaque pictures), uint8 [H, W, 4] each, of what latents read of the records of these sources."""
+
+    def convert(members: Members, *, where: str) -> tuple[bool, list[Any]]:
+        return read.has_layers(members), read.latent_pictures_of(members, where=where)
+
+    layers: list[Any] = []
+    pictures: list[Any] = []
+    for source in sources:
+        for layered, found in reader(source, convert):
+            (layers if layered else pictures).extend(found)
+    return layers, pictures
+
+
 def _fit_image(reader: RecordReader, sizes: FitSizes, seed: int) -> ImageCodec | None:
     images = training_images(reader)
     if not images:

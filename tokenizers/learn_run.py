@@ -21,6 +21,7 @@ from ringweave.tokenizers.fit import (
     RecordReader,
     Samples,
     training_images,
+    training_latents,
     training_layers,
 )
 from ringweave.tokenizers.learn import Schedule, Training
@@ -48,17 +49,20 @@ def learn_codecs(
     schedule: Schedule,
     sizes: FitSizes | None = None,
     net: NetSizes | None = None,
+    latents: Samples | None = None,
     save_every_s: float = 60.0,
     progress: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
     """Train the codecs `names` of the set in `folder` on `samples` and put them in the place of their closed forms.
 
-    "latents" is trained from nothing on the layers of "rgba" and the pictures of "image"; unless the schedule is a
-    `VaeSchedule`, it takes steps and seed of it.
+    "latents" is trained from nothing; unless the schedule is a `VaeSchedule`, it takes steps and seed of it. latents:
+    what it learns from, sources of any names, of which each record is read as latents read it
+    (`members.latent_pictures_of`); else the layers of "rgba" and the pictures of "image" in `samples`.
 
     Every rank of a process group calls it with the same arguments; rank 0 writes. Stopped, it goes on from its last
-    state when called again with the same settings. Returns {name: {"seconds", "steps", "loss", "resumed_at"}}. Raises
-    DataError for a modality without records or of another kind, and for a training that diverges.
+    state when called again with the same settings. Returns {name: {"seconds", "steps", "loss", "resumed_at"}}, of
+    "latents" also how many "layers" and "pictures" it learned from. Raises DataError for a modality without records or
+    of another kind, and for a training that diverges.
     """
     sizes, say = sizes or FitSizes(), progress or (lambda _message: None)
     strange = [name for name in names if name not in LEARNABLE]
@@ -73,7 +77,7 @@ def learn_codecs(
         states.mkdir(parents=True, exist_ok=True)
     for name in names:
         say(f"preparing the {name} tokenizer")
-        training, finish = _prepared(name, reader, sizes, net or NetSizes(), schedule)
+        training, finish = _prepared(name, reader, latents, sizes, net or NetSizes(), schedule)
         state = states / f"{name}.safetensors"
         if state.exists():
             training.restore(state)
@@ -87,6 +91,8 @@ def learn_codecs(
             "loss": training.loss,
             "resumed_at": resumed,
         }
+        if isinstance(training, VaeTraining):
+            out[name] |= {"layers": training.layers, "pictures": training.pictures}
     if first:
         TokenizerSet.load(folder).replaced(done).save(folder)
         shutil.rmtree(states)
@@ -115,24 +121,37 @@ def _run(training: Training, state: Path, name: str, every_s: float, say: Callab
 
 
 def _prepared(
-    name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, schedule: Schedule
+    name: str,
+    reader: RecordReader,
+    latents: Samples | None,
+    sizes: FitSizes,
+    net: NetSizes,
+    schedule: Schedule,
 ) -> tuple[Training, Callable[[], Any]]:
     """The training of a codec before its first step, and what makes the codec of it after the last."""
     if name == "latents":
-        if not isinstance(schedule, VaeSchedule):
-            crop = max(VaeSchedule.crop, 2 * sizes.latents_patch)
-            schedule = VaeSchedule(steps=schedule.steps, seed=schedule.seed, crop=crop)
-        config = vae_config(
-            base=sizes.latents_base, channels=sizes.latents_channels, patch=sizes.latents_patch
-        )
-        pictures = [read.as_rgba(picture) for picture in reader("image", read.image_of)]
-        vae = VaeTraining(config, training_layers(reader), pictures, schedule)
+        vae = _autoencoder(reader, latents, sizes, schedule)
         return vae, vae.codec
     start = _start(name, reader, sizes, net, schedule.seed)
     trainer = RgbaTraining if name == "rgba" else Training
     mine = replace(schedule, commit=start.commit, decoder_only=start.decoder_only)
     training = trainer(start.config, start.tensors, start.crops, mine)
     return training, lambda: start.codec(training.tensors())
+
+
+def _autoencoder(
+    reader: RecordReader, latents: Samples | None, sizes: FitSizes, schedule: Schedule
+) -> VaeTraining:
+    """The training of the codec of latents before its first step. latents: see `learn_codecs`."""
+    if not isinstance(schedule, VaeSchedule):
+        crop = max(VaeSchedule.crop, 2 * sizes.latents_patch)
+        schedule = VaeSchedule(steps=schedule.steps, seed=schedule.seed, crop=crop)
+    config = vae_config(base=sizes.latents_base, channels=sizes.latents_channels, patch=sizes.latents_patch)
+    if latents is None:
+        pictures = [read.as_rgba(picture) for picture in reader("image", read.image_of)]
+        return VaeTraining(config, training_layers(reader), pictures, schedule)
+    layers, pictures = training_latents(RecordReader(latents, sizes.max_records), latents)
+    return VaeTraining(config, layers, pictures, schedule)
 
 
 def _start(name: str, reader: RecordReader, sizes: FitSizes, net: NetSizes, seed: int) -> Start:

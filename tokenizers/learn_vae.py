@@ -136,6 +136,7 @@ class VaeTraining(Training):
                 fix="set the schedule's `crop` to a multiple of a cell",
             )
         layers, pictures = [shown(x) for x in layers], [shown(x) for x in pictures]
+        self.layers, self.pictures = len(layers), len(pictures)
         self._records = [*layers, *pictures]
         self._vae_crops = VaeCrops(layers, pictures, schedule)
         self._loss = VaeLoss(absolute=schedule.absolute, alpha=schedule.alpha, kl=schedule.kl)

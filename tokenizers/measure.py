@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, permutations
 from math import ceil, log2
 from typing import Any
@@ -241,11 +241,14 @@ def measure(
     tokenizers: TokenizerSet,
     samples: Mapping[str, Iterable[Members]],
     *,
+    latents: Mapping[str, Iterable[Members]] | None = None,
     limit: int = 200,
     speed: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Any]:
     """{modality: figures} over at most `limit` held-out records of each source; for "latents" see `measure_latents`.
+
+    latents: sources of any names that the codec of latents is measured on, else "rgba" of `samples`.
 
     psnr, floor_psnr (see `rate_floor`), si_sdr in dB; alpha_mae of 0..1; tokens_per_record; codes_used, the
     share of a modality's ids that occurred; bits (see `code_bits`) per record, pixel, second or byte; everything else
@@ -282,31 +285,54 @@ def measure(
             out[source]["bits_per_record"] = round(bits / len(rows), 1)
             out[source] |= _rates(units, sum(lengths), bits)
             out[source] |= _speeds(timed, units, len(rows)) if speed else {}
-    if "rgba" in samples and "latents" in tokenizers.codecs:
-        found = measure_latents(tokenizers, samples["rgba"], limit=min(limit, LATENT_RECORDS), speed=speed)
+    held = {"rgba": samples["rgba"]} if latents is None and "rgba" in samples else latents
+    if held and "latents" in tokenizers.codecs:
+        if progress is not None:
+            progress("latents", 0)
+        records = _in_turn(_layered(held))
+        found = measure_latents(tokenizers, records, limit=min(limit, LATENT_RECORDS), speed=speed)
         out["latents"] = found
     return out
+
+
+def _layered(sources: Mapping[str, Iterable[Members]]) -> list[Iterable[Members]]:
+    """The sources whose first record holds layers; all of them if none does."""
+    layered = [some for some in sources.values() if read.has_layers(next(iter(some), {}))]
+    return layered or list(sources.values())
+
+
+def _in_turn(sources: Iterable[Iterable[Members]]) -> Iterator[Members]:
+    """A record of each source in turn, until all are read."""
+    readers = [iter(source) for source in sources]
+    while readers:
+        left = []
+        for reader in readers:
+            for members in islice(reader, 1):
+                left.append(reader)
+                yield members
+        readers = left
 
 
 def measure_latents(
     tokenizers: TokenizerSet, records: Iterable[Members], *, limit: int, speed: bool = False
 ) -> Figures:
-    """Layers of `records` through the latents codec: psnr_nine, over the plain GROUNDS in 8 bits, the mean over grounds
-    and layers; alpha_mae of 0..1; cells_per_record; numbers_per_pixel. Damaged records are counted as skipped.
+    """What latents read of `records` (`members.latent_pictures_of`) through their codec: psnr_nine, over the plain
+    GROUNDS in 8 bits, the mean over grounds and layers; alpha_mae of 0..1; cells_per_record; numbers_per_pixel. Damaged
+    records are counted as skipped.
     """
     rows: list[tuple[float, float]] = []
     done, skipped, cells, pixels, timed = 0, 0, 0, 0, [0.0, 0.0]
     tokenizers.encode_layer(np.zeros((1, 1, 4), np.uint8))  # the model is made now, outside of what is timed
     for number, members in enumerate(islice(records, limit)):
         try:
-            layers = read.layers_of(members, where=f"rgba record {number}")
+            layers = read.latent_pictures_of(members, where=f"record {number}")
         except DataError:
             skipped += 1
             continue
         done += 1
         for layer in layers:
             begun = time.process_time()
-            encoded = tokenizers.encode_layer(layer)
+            encoded = tokenizers.encode_layer(layer, afresh=True)
             middle = time.process_time()
             decoded = tokenizers.decode_layer(encoded)[: layer.shape[0], : layer.shape[1]]
             timed = [timed[0] + middle - begun, timed[1] + time.process_time() - middle]

@@ -85,6 +85,29 @@ def layers_of(members: Members, *, where: str) -> list[NDArray[np.uint8]]:
     return [as_rgba(decode_image(members[name], where=f"{where}:{name}")) for name in names]
 
 
+def is_layer(name: str) -> bool:
+    """Whether a member of this name is a layer."""
+    return _LAYER.fullmatch(name) is not None
+
+
+def has_layers(members: Members) -> bool:
+    """Whether a record holds layers."""
+    return any(map(is_layer, members))
+
+
+def latent_pictures_of(members: Members, *, where: str) -> list[NDArray[np.uint8]]:
+    """uint8 [H, W, 4] of what latents read of a record: its layers, bottom first; where it has none its picture, or
+    the first and the middle frame of its clip, opaque."""
+    if has_layers(members):
+        return layers_of(members, where=where)
+    if any(name in members for name in CLIPS) and not any(
+        name in members for name in (*PICTURES, "flat.png")
+    ):
+        frames, _ = video_of(members, where=where)
+        return [as_rgba(frames[0]), as_rgba(frames[len(frames) // 2])]
+    return [as_rgba(image_of(members, where=where))]
+
+
 def audio_of(members: Members, *, where: str) -> tuple[NDArray[np.int16], int]:
     """(int16 [T] mono, rate)."""
     samples, rate = decode_audio(_one(members, SOUNDS, where), where=where)

@@ -6,7 +6,8 @@ time, float32, one thread (`outside_files.exactly`).
 
 The video classes encode frame 0 alone and then whole groups of four; frames left over vanish without an error.
 Here they are either made a whole group by repeating the last frame, with the true count kept beside the latents,
-or refused.
+or refused. A video class that folds no frames (as `ringweave export` writes it) is one of pictures: each frame is
+encoded alone. Colour under alpha 0 changes no latent, as in `LatentCodec`: both give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from ringweave.tokenizers.codec import pad_to
 from ringweave.tokenizers.errors import DataError, VocabularyError
+from ringweave.tokenizers.latent_codec import LARGEST, shown
 from ringweave.tokenizers.outside_files import (
     Weights,
     build,
@@ -63,7 +65,6 @@ class OutsideLatents:
 
     def __init__(self, model: Any, weights: Weights, *, kind: str, surplus: str, device: str) -> None:
         self.model, self.kind, self.surplus, self.device = model, kind, surplus, device
-        self.sha256 = weights.identity(kind, {})
         config = model.config
         if kind == "latents.kl":
             self.group, self.patch, self.dim = (
@@ -79,12 +80,13 @@ class OutsideLatents:
             self.channels = (
                 config.input_channels if kind == "latents.qwenimage" else config.in_channels // fold**2
             )
-            if self.group != GROUP:
+            if self.group not in (1, GROUP):
                 raise VocabularyError(
                     f"this VAE folds {self.group} frames into one, and its class always takes {GROUP} at a time",
                     where=weights.where,
                     why="frames would be lost or made up",
                 )
+        self.sha256 = weights.identity(kind, {"under alpha 0": "black"} if self.channels == 4 else {})
         self.mean, self.std = _statistics(config, self.dim, weights.where)
 
     @classmethod
@@ -122,6 +124,7 @@ class OutsideLatents:
                 f"got {frames.dtype} {list(frames.shape)}"
             )
         count, height, width = clip.shape[:3]
+        clip = shown(clip) if self.channels == 4 else clip
         padded = pad_to(self._whole_groups(clip), self.patch)
         with exactly(self.device):
             values = torch.tensor(padded).to(self.device).float() / 127.5 - 1
@@ -154,7 +157,16 @@ class OutsideLatents:
         return np.concatenate([clip, np.repeat(clip[-1:], short, axis=0)])
 
     def _mode(self, values: torch.Tensor) -> torch.Tensor:
+        """[1, Z, h, w] of a picture [1, C, H, W], [1, Z, t, h, w] of a clip [1, C, T, H, W]."""
+        if self.kind != "latents.kl" and values.ndim == 4:
+            return self._mode(values[:, :, None])[:, :, 0]
         return self.model.encode(values).latent_dist.mode()
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        if self.kind != "latents.kl" and latents.ndim == 4:
+            return self._pixels(latents[:, :, None])[:, :, 0]
+        return self.model.decode(latents).sample
 
     def decode(self, latents: Latents) -> NDArray[np.uint8]:
         """uint8 [T, H, W, C]: as many frames and pixels as were encoded. DataError on latents of another shape."""
@@ -177,9 +189,9 @@ class OutsideLatents:
             )
             values = values.movedim(-1, 1)  # [t, Z, h, w]
             if self.group == 1:
-                frames = torch.cat([self.model.decode(one[None]).sample for one in values])
+                frames = torch.cat([self._pixels(one[None]) for one in values])
             else:
-                frames = self.model.decode(values.movedim(0, 1)[None]).sample[0].movedim(1, 0)
+                frames = self._pixels(values.movedim(0, 1)[None])[0].movedim(1, 0)
             pixels = to_pixels((frames.movedim(1, -1) + 1) * 127.5, what=self.kind)
         if len(pixels) < latents.frames:
             raise DataError(f"{latents.frames} frames were due and {len(pixels)} came back", where=self.kind)
@@ -201,11 +213,17 @@ def _statistics(config: Any, dim: int, where: str) -> tuple[torch.Tensor, torch.
     if mean is None:
         mean, std = [getattr(config, "shift_factor", None) or 0.0] * dim, [1.0] * dim
     scale = getattr(config, "scaling_factor", None) or 1.0
-    if len(mean) != dim or len(std) != dim or not all(s > 0 for s in std) or not scale > 0:
+    listed = (
+        isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)) and len(mean) == len(std) == dim
+    )
+    numbers = [*mean, *std, scale] if listed else []
+    sound = listed and all(type(n) in (int, float) and -LARGEST <= n <= LARGEST for n in numbers)
+    if not sound or not all(np.float32(s) > 0 for s in (*std, scale)):
+        counts = [len(some) if isinstance(some, (list, tuple)) else "no list of" for some in (mean, std)]
         raise VocabularyError(
             f"the latent statistics of config.json do not fit {dim} channels",
             where=where,
-            why=f"{len(mean)} means, {len(std)} deviations (all have to be above 0), scale {scale}",
+            why=f"{counts[0]} means, {counts[1]} deviations (all have to be above 0), scale {scale!r:.40}",
             fix="state latents_mean and latents_std of this VAE: left out, diffusers takes those of another one",
         )
     return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32) / scale

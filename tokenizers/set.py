@@ -229,9 +229,9 @@ class TokenizerSet:
         rows = np.ascontiguousarray(latents.reshape(-1, latents.shape[-1]))
         return replace(framed, attends="bidirectional", latents=rows)
 
-    def encode_layer(self, layer: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Cells float32 [h, w, Z] of one layer uint8 [H, W, 4] by the latents codec: see `LatentCodec`."""
-        cells: NDArray[np.float32] = self._codec("latents").encode(layer)
+    def encode_layer(self, layer: NDArray[np.uint8], *, afresh: bool = False) -> NDArray[np.float32]:
+        """Cells float32 [h, w, Z] of one layer uint8 [H, W, 4] by the latents codec: see `LatentCodec.encode`."""
+        cells: NDArray[np.float32] = self._codec("latents").encode(layer, afresh=afresh)
         return cells
 
     def decode_layer(self, cells: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from ringweave.tokenizers import members as read
 from ringweave.tokenizers.audio import resample
 from ringweave.tokenizers.codec import to_uint8
 from ringweave.tokenizers.errors import DataError
-from ringweave.tokenizers.measure import checkerboard, composite, ink_f1, psnr, si_sdr
+from ringweave.tokenizers.measure import checkerboard, composite, ink_f1, psnr, psnr_nine, si_sdr
 from ringweave.tokenizers.members import Members
 from ringweave.tokenizers.set import TokenizerSet
 from ringweave.tokenizers.sheet import Group, draw_sheet, spectrogram
@@ -62,6 +62,23 @@ def _rgba(tokenizers: TokenizerSet, records: Iterable[Members], out: Path) -> li
         groups.append(Group(caption, rows))
     note = "Held-out drawings: the composite over a checkerboard, then each layer, bottom first."
     return [draw_sheet(out / "rgba.png", "RGBA layers", note, groups, zoom=2, columns=2)]
+
+
+def _latents(tokenizers: TokenizerSet, records: Iterable[Members], out: Path) -> list[Path]:
+    groups = []
+    for layers in spread(records, 6, read.latent_pictures_of):
+        height, width = layers[0].shape[:2]
+        cells = [tokenizers.encode_layer(layer) for layer in layers]
+        decoded = [tokenizers.decode_layer(some)[:height, :width] for some in cells]
+        ground = checkerboard(height, width)
+        rows = []
+        for label, parts in (("original", layers), ("decoded", decoded)):
+            rows.append((label, [to_uint8(composite([layer], ground)) for layer in parts[:4]]))
+        nine = np.mean([psnr_nine(*pair) for pair in zip(layers, decoded)])
+        caption = f"{nine:.1f} dB over nine grounds · {sum(some[..., 0].size for some in cells)} cells"
+        groups.append(Group(caption, rows))
+    note = "Held-out layers over a checkerboard, bottom first: original above, through the autoencoder below."
+    return [draw_sheet(out / "latents.png", "Continuous latents", note, groups, zoom=2, columns=2)]
 
 
 def _video(tokenizers: TokenizerSet, records: Iterable[Members], out: Path) -> list[Path]:
@@ -129,14 +146,15 @@ _SHOWS: dict[str, tuple[str, Callable[[TokenizerSet, Iterable[Members], Path], l
     "video": ("image", _video),
     "audio": ("audio", _audio),
     "score": ("score", _score),
+    "latents": ("latents", _latents),
 }
 
 
 def show(tokenizers: TokenizerSet, samples: Samples, out_dir: Path) -> list[Path]:
     """Write `<modality>.png` (text: .txt; audio: also a pair of WAV files) into `out_dir`; their paths.
 
-    samples: source name -> held-out records. Sources without a codec, or without a readable record, are left
-    out.
+    samples: source name -> held-out records; "latents": of layers or pictures. Sources without a codec, or without a
+    readable record, are left out.
     """
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)

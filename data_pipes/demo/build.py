@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,14 +49,19 @@ _RENDER: dict[str, Callable[[Job], list[Record]]] = {
 
 
 def build_demo(
-    out: Path, *, progress: Progress | None = None, limit: int | None = None, workers: int = 2
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    limit: int | None = None,
+    workers: int = 2,
+    only: Collection[str] = tuple(_PLANS),
 ) -> dict[str, dict[str, int]]:
     """Write the demo shards into `out` and return {source: {"records", "heldout_records", "dropped"}}.
 
     records are those of the training shards; dropped were rendered and left out (layers that do not add up to
     their drawing, drawings that show nothing, music that is already there in another key).
     progress(source, done, total) counts jobs; limit trims each source to about that many records (tests);
-    workers > 1 renders in that many processes.
+    workers > 1 renders in that many processes; only: sources to build, where not all ("score" renders audio, too).
     Shards of an earlier build are replaced. Raises UserError when a package of the demo extra is missing.
     """
     for package, distribution in PACKAGES.items():
@@ -66,6 +71,8 @@ def build_demo(
     counts: dict[str, dict[str, int]] = {}
     with _mapper(workers) as mapper:
         for stage, planner in _PLANS.items():
+            if stage not in only:
+                continue
             jobs = planner(limit)
             records: list[Record] = []
             dropped = {"score": 0, "audio": 0, stage: 0}
@@ -81,7 +88,7 @@ def build_demo(
                 counts[source] = _write_source(out, source, kept, limit)
                 counts[source]["dropped"] = dropped[source] + made - len(kept)
     (out / "LICENSES.md").write_text(licences.document(), encoding="utf-8")
-    return {source: counts[source] for source in SOURCES}
+    return {source: counts[source] for source in SOURCES if source in counts}
 
 
 def render(job: Job) -> list[Record]:

@@ -300,8 +300,8 @@ class DiT(nn.Module):
 
         nll: Tensor | None = None
         if self.words is None:
-            vectors = here(embeddings)
-            assert vectors is not None, "a model without words of its own needs their embeddings"
+            assert embeddings is not None, "a model without words of its own needs their embeddings"
+            vectors = embeddings.flatten(0, 1)[streams.text_at].to(self._dtype)
         else:
             mask = words.bool()
             # Documents of all packs in one row: numbers must not meet.

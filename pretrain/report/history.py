@@ -110,6 +110,7 @@ class StageSpan:
     sources: dict[str, float]
     rope_theta: float | None = None
     batch: Any = None
+    recompute: tuple[str, ...] = ()  # kinds of recomputation, in order of use
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class _Builder:
             self.stage_records.append(record)
         elif event == "checkpoint":
             self.checkpoints.append(record)
-        elif event != "start":
+        elif event not in ("start", "recompute", "previews"):
             return f"unknown event {event[:40]!r}"
         return ""
 
@@ -218,6 +218,7 @@ def _stages(steps: tuple[Step, ...], records: list[dict[str, Any]]) -> tuple[Sta
                 sources=numbers(last.get("sources")),
                 rope_theta=finite(last.get("rope_theta")),
                 batch=last.get("batch"),
+                recompute=tuple(dict.fromkeys(str(r["recompute"]) for r in mine if r.get("recompute"))),
             )
         )
         begin = end

@@ -8,9 +8,23 @@ from ringweave.pretrain.report.inputs import Inputs, mappings
 from ringweave.pretrain.report.markup import missing, swatch
 from ringweave.pretrain.report.media import beginning, inside, media
 from ringweave.pretrain.report.safe_text import text
+from ringweave.pretrain.report.section_previews import previews
 
 
 def samples_section(inputs: Inputs) -> tuple[str, str]:
+    """What the run's end gives, then the previews of its stages."""
+    lede, content = _samples(inputs)
+    stages = previews(inputs)
+    if not stages:
+        return lede, content
+    if not lede:  # nothing but previews
+        content = ""
+    return " ".join(
+        (lede, "Below: the model as it was at the end of each stage, with the same noise.")
+    ).strip(), (content + stages)
+
+
+def _samples(inputs: Inputs) -> tuple[str, str]:
     folder, listed = inputs.run_dir / "samples", inputs.files.get("samples/samples.json")
     items = mappings(listed)
     if not items and folder.is_dir():

@@ -62,24 +62,26 @@ def _stages_of_proof(inputs: Inputs) -> str:
 
 
 def _stage_table(h: RunHistory) -> str:
-    return table(
-        ("Stage", "Context", "Layout", "Steps", "Tokens", "Batch", "RoPE θ", "Median step", "Tokens/s"),
+    head = ["Stage", "Context", "Layout", "Steps", "Tokens", "Batch", "RoPE θ", "Median step", "Tokens/s"]
+    rows = [
         [
-            (
-                str(s.number),
-                context_name(s.context),
-                text(" → ".join(s.layouts) or "–"),
-                f"{count(s.steps)}",
-                short(s.tokens_end - s.tokens_begin),
-                text("–" if s.batch is None else s.batch),
-                short(s.rope_theta),
-                duration(s.step_seconds),
-                short(s.tokens_per_s),
-            )
-            for s in h.stages
-        ],
-        left=(0, 1, 2),
-    )
+            str(s.number),
+            context_name(s.context),
+            text(" → ".join(s.layouts) or "–"),
+            f"{count(s.steps)}",
+            short(s.tokens_end - s.tokens_begin),
+            text("–" if s.batch is None else s.batch),
+            short(s.rope_theta),
+            duration(s.step_seconds),
+            short(s.tokens_per_s),
+        ]
+        for s in h.stages
+    ]
+    if any(kind != "none" for s in h.stages for kind in s.recompute):
+        head.insert(3, "Recompute")
+        for row, s in zip(rows, h.stages, strict=True):
+            row.insert(3, text(" → ".join(s.recompute) or "–"))
+    return table(head, rows, left=(0, 1, 2))
 
 
 def _estimate(h: RunHistory) -> str:

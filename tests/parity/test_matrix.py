@@ -37,7 +37,7 @@ def test_the_matrix_names_every_factorisation_and_choice() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_every_layout_equals_one_process_for_both_models(world: int) -> None:
+def test_every_layout_equals_one_process_for_all_models(world: int) -> None:
     """trainers.md 1, 2, 3, 21, 23: uneven masks, ranks without targets, accumulation, prime context."""
     result = verify_parallel.run(world=world)
     assert result["holds"], [r for r in result["rows"] if not r["holds"]]

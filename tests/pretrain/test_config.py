@@ -198,10 +198,12 @@ def test_reading_a_config_imports_no_torch_and_is_quick(base: Path) -> None:
 
 
 def test_every_plan_item_is_accepted(base: Path) -> None:
-    assert PLAN_ITEMS[-1] == "latents", "which stands beside words alone"
-    items = ", ".join(f"{item}, '{item}?'" for item in PLAN_ITEMS[:-1])
+    assert PLAN_ITEMS[-2:] == ("latents", "embeddings"), (
+        "which stand beside words alone, and beside latents alone"
+    )
+    items = ", ".join(f"{item}, '{item}?'" for item in PLAN_ITEMS[:-2])
     found = load_config(base, [f"data.sources.0.plan=[{items}]"]).data.sources[0].plan
-    assert len(found) == 2 * len(PLAN_ITEMS) - 2
+    assert len(found) == 2 * len(PLAN_ITEMS) - 4
     views = ("caption", "text?", "latents:layers", "latents:layer3?", "latents:seg.png?")
     quoted = ", ".join(f"'{view}'" for view in views)
     assert load_config(base, [f"data.sources.0.plan=[{quoted}]"]).data.sources[0].plan == views

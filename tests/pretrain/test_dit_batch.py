@@ -255,7 +255,7 @@ stages: [{context: 256, tokens: 8K, batch: 2}]
         ("model.window=64", "belongs to kind: lwm"),
         ("model.words.heads=3", "no even head size"),
         ("engine.kind=deepspeed", "cannot run kind: dit"),
-        ("stages.0.layout={tp: 2}", "set norms: replicated"),
+        ("stages.0.layout={tp: 2, norms: sequence}", "set norms: replicated"),
         ("stages.0.layout={tp: 2, norms: replicated, ulysses: 3, sp: 3}", "words.heads"),
         ("model.kind=lwm stages.0.words_loss=0.5", "an lwm predicts its words anyway"),
         ("model.kind=lwm model.preset=msrope", "belongs to kind: dit"),

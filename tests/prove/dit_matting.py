@@ -38,7 +38,7 @@ def build(place: Path, options: argparse.Namespace) -> None:
     from ringweave.tokenizers.learn_run import learn_codecs
     from ringweave.tokenizers.learn_vae import VaeSchedule
 
-    build_demo(place / "data", limit=40 if options.tiny else None)
+    build_demo(place / "data", limit=40 if options.tiny else None, only=("text", "rgba", "scenes"))
     records = {name: list(some) for name, some in records_by_source(place / "data", "train").items()}
     fit_tokenizers({"text": records["text"]}, place / "tokenizers")
     layers = [*records["rgba"], *records["scenes"][:600]]
@@ -51,7 +51,7 @@ def train(place: Path, options: argparse.Namespace) -> float:
     shards = "scenes-train-{0000..0003}.tar"
     sets = [
         *demo_dit.settings(place), f"stages.0.tokens={8000 if options.tiny else options.tokens}",
-        f"data.sources.0.shards={shards}", f"data.sources.1.shards={shards}", "checkpoint.every=500 steps", *LONGER,
+        f"data.sources.0.shards={shards}", "checkpoint.every=500 steps", *LONGER,
     ]  # fmt: skip
     argv = [sys.executable, "-m", "ringweave.launch.cli", "train", str(demo_dit.RECIPE)]
     argv += [part for item in sets for part in ("--set", item)]
