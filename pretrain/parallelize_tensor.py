@@ -43,10 +43,10 @@ def tensor_parallel(model: LWM | DiT, mesh: Mesh, norms: str = "replicated") -> 
         )
 
     if isinstance(model, DiT):
-        _dit(model, HiddenStates(tp, sharded=False), split, mesh)
+        shard_dit(model, HiddenStates(tp, sharded=False), split, mesh)
         return
     states = HiddenStates(tp, sharded=norms == "sequence")
-    _decoder(model, states, split, mesh)
+    shard_decoder(model, states, split, mesh)
     if states.sharded:
         model.hidden_shape = states.shape
         model.after_backward = lambda: sum_gradients(  # by name: FSDP puts other parameters in place of these
@@ -54,7 +54,7 @@ def tensor_parallel(model: LWM | DiT, mesh: Mesh, norms: str = "replicated") -> 
         )
 
 
-def _decoder(model: LWM | Words, states: HiddenStates, split: Split, mesh: Mesh) -> None:
+def shard_decoder(model: LWM | Words, states: HiddenStates, split: Split, mesh: Mesh) -> None:
     """Layers, embedding and head of a decoder."""
     for layer in model.layers.values():
         for block, columns, rows in (
@@ -83,7 +83,7 @@ def _decoder(model: LWM | Words, states: HiddenStates, split: Split, mesh: Mesh)
 _READ = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def _dit(model: DiT, states: HiddenStates, split: Split, mesh: Mesh) -> None:
+def shard_dit(model: DiT, states: HiddenStates, split: Split, mesh: Mesh) -> None:
     """Attention by heads, MLPs by their inner width, and modulation, a third of the parameters, by its outputs."""
 
     def columns(holder: nn.Module, name: str) -> None:
@@ -119,7 +119,7 @@ def _dit(model: DiT, states: HiddenStates, split: Split, mesh: Mesh) -> None:
     if model.norm_out is not None:
         table(model.norm_out, "linear")
     if model.words is not None:
-        _decoder(model.words, states, split, mesh)
+        shard_decoder(model.words, states, split, mesh)
     # All modulation of a part reads one vector: its gradients are added up over tp once.
     model.enter_level = states.enter
     # A rank's norms of queries and keys saw its heads alone.

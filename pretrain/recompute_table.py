@@ -35,7 +35,7 @@ from ringweave.pretrain.memory import GIB, layers_alive, memory_estimate, memory
 from ringweave.pretrain.models.dit import LATENT, WORD, DiT, DiTShape
 from ringweave.pretrain.models.lwm import LWM
 from ringweave.pretrain.parallelize import DTYPES, new_model
-from ringweave.pretrain.parallelize_tensor import _decoder, _dit
+from ringweave.pretrain.parallelize_tensor import shard_decoder, shard_dit
 from ringweave.pretrain.recompute import recompute_activations
 
 #: The rows, fastest first where nothing is measured.
@@ -269,10 +269,10 @@ def _layers(
 
         # The mesh is asked for nothing but what stands at the ends.
         if isinstance(model, DiT):
-            _dit(model, states, split, None)  # type: ignore[arg-type]
+            shard_dit(model, states, split, None)  # type: ignore[arg-type]
             model.enter_level = states.enter
         else:
-            _decoder(model, states, split, None)  # type: ignore[arg-type]
+            shard_decoder(model, states, split, None)  # type: ignore[arg-type]
     recompute_activations(model, how)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)

@@ -95,20 +95,22 @@ def model_packs(mask: str) -> list[Pack]:
     return packs
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], precision: str = "fp32") -> list[dict[str, Any]]:
-    """Every row for both models, on the running world."""
+def check_rows(
+    rows: Sequence[Mapping[str, Any]], precision: str = "fp32", models: Sequence[str] = MODELS
+) -> list[dict[str, Any]]:
+    """Every row for these models, on the running world."""
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     from ringweave.pretrain import verify_dit
 
     found = []
-    for mask in MODELS[:2]:
+    for mask in (name for name in models if name != "dit"):
         packs = model_packs(mask)
         reference = verify._reference(packs, precision, prefix=mask == "bidirectional")
         for row in rows:
             started = time.monotonic()
             result = verify.check_layout({**row, "mask": mask}, packs, reference, precision)
             found.append({**result, "model": mask, "seconds": round(time.monotonic() - started, 2)})
-    for row in rows:
+    for row in rows if "dit" in models else ():
         if not set(row) & set(NOT_DIT):
             started = time.monotonic()
             (result,) = verify_dit.check_rows([row], precision)
@@ -117,7 +119,11 @@ def check_rows(rows: Sequence[Mapping[str, Any]], precision: str = "fp32") -> li
 
 
 def run(
-    *, world: int, deepspeed: bool = True, progress: verify.Progress = lambda line: None
+    *,
+    world: int,
+    deepspeed: bool = True,
+    models: Sequence[str] = MODELS,
+    progress: verify.Progress = lambda line: None,
 ) -> dict[str, Any]:
     """The matrix on `world` gloo processes made here, or on the ranks a launcher started (then all call this)."""
     started = time.monotonic()
@@ -126,11 +132,13 @@ def run(
             dist.init_process_group("gloo")
         world = dist.get_world_size()
         rows = matrix(world, deepspeed=deepspeed)
-        found = check_rows(rows)
+        found = check_rows(rows, models=models)
     else:
         rows = matrix(world, deepspeed=deepspeed)
-        progress(f"{len(rows)} layouts of {world} ranks, {len(MODELS)} models …")
-        found = run_ranks(world, check_rows, rows, timeout=60.0 + 20.0 * len(rows), collective=120.0)[0]
+        progress(f"{len(rows)} layouts of {world} ranks, {len(models)} models …")
+        found = run_ranks(
+            world, check_rows, rows, "fp32", models, timeout=60.0 + 20.0 * len(rows), collective=120.0
+        )[0]
     return {
         "holds": all(r["holds"] for r in found),
         "rows": found,

@@ -24,17 +24,19 @@ def test_documents_leave_each_other_bit_identical() -> None:
     assert row["holds"], row
 
 
-#: What test_matrix.py does not have: one set of weights for both streams.
-SINGLE: list[dict[str, Any]] = [
-    {"dp": 2, "tp": 2, "streams": "single"},
+FOUR: list[dict[str, Any]] = [
+    {"dp": 4}, {"pp": 4}, {"tp": 4}, {"sp": 4}, {"dp": 2, "tp": 2}, {"pp": 2, "sp": 2}, {"tp": 2, "sp": 2},
+    {"sp": 4, "ulysses": 2}, {"dp": 2, "sp": 2, "replicate": 2}, {"pp": 2, "tp": 2, "schedule": "zbv", "virtual": 2},
+    {"dp": 2, "pp": 2, "schedule": "interleaved", "virtual": 2}, {"tp": 2, "sp": 2, "recompute": "full"},
+    {"dp": 2, "tp": 2, "recompute": "selective"}, {"dp": 2, "tp": 2, "streams": "single"},
     {"pp": 2, "sp": 2, "streams": "single", "ring": "zigzag"},
-]
+]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "rows"),
-    [(4, SINGLE), (8, [{"dp": 2, "tp": 2, "sp": 2}, {"pp": 2, "tp": 2, "sp": 2}])],
+    [(3, [{"sp": 3}]), (4, FOUR), (8, [{"dp": 2, "tp": 2, "sp": 2}, {"pp": 2, "tp": 2, "sp": 2}])],
 )
 def test_layouts_equal_one_process(world: int, rows: list[dict[str, Any]]) -> None:
     for row in run_ranks(world, verify_dit.check_rows, rows, timeout=400)[0]:
