@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parent))
-from token_fixtures import write_shard
+from token_fixtures import same, write_shard
 
 from ringweave.data_pipes.documents import encode_sample, parse_plan
 from ringweave.data_pipes.embeddings import MOST_VECTORS, read_embeddings
@@ -187,16 +187,6 @@ def test_a_header_tells_the_length() -> None:
 # ---- blocks and caches: latents of two widths in one document ----
 
 
-def same(one: Document, two: Document) -> None:
-    assert one.key == two.key and len(one.segments) == len(two.segments)
-    for a, b in zip(one.segments, two.segments):
-        assert (a.ids == b.ids).all() and (a.positions == b.positions).all()
-        assert (a.modality, a.role, a.attends, a.weight) == (b.modality, b.role, b.attends, b.weight)
-        assert (a.latents is None) == (b.latents is None)
-        if a.latents is not None and b.latents is not None:
-            assert a.latents.shape == b.latents.shape and (a.latents == b.latents).all()
-
-
 def document(seed: int, count: int = 3, width: int = E, rows: int = 2) -> Document:
     cells = np.random.default_rng(seed).normal(size=(1, rows, 3, Z)).astype(np.float32)
     return bare.document(
@@ -220,10 +210,10 @@ def test_blocks_hold_latents_of_two_widths() -> None:
     back = TokenBlock.from_bytes(block(*documents).to_bytes(), "test")
     joined = join_blocks([block(plain("a")), back, block(document(4))], "test")
     for n, each in enumerate(documents):
-        same(back.document(n), each)
-        same(joined.document(n + 1), each)
-    same(joined.document(0), plain("a"))
-    same(joined.document(5), document(4))
+        assert same(back.document(n), each)
+        assert same(joined.document(n + 1), each)
+    assert same(joined.document(0), plain("a"))
+    assert same(joined.document(5), document(4))
     tensors = back.tensors()
     assert tensors["segments"][:, 4].tolist() == [E, Z, 0, E, Z, 7, Z]
     assert tensors["latent_offsets"].tolist() == [0, 39, 39, 68, 113]
@@ -231,7 +221,7 @@ def test_blocks_hold_latents_of_two_widths() -> None:
         changed = {**tensors, "latents": tensors["latents"].copy()}
         changed["latents"][at] += 1e-3
         damaged = TokenBlock.of(changed, "test")
-        same(damaged.document(2), documents[2])
+        assert same(damaged.document(2), documents[2])
         with pytest.raises(DataError, match="damaged token cache"):
             damaged.document(0)
     for bad in (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from token_fixtures import write_shard
+from token_fixtures import same, write_shard
 
 from ringweave.data_pipes.pack import PackPlan, Piece
 from ringweave.data_pipes.packing import materialise
@@ -81,16 +81,6 @@ def test_a_segment_holds_a_latent_for_each_placeholder() -> None:
         Segment(ids, "image", places, latents=np.zeros((3, Z), np.float32))
 
 
-def same(one: Document, two: Document) -> None:
-    assert one.key == two.key and len(one.segments) == len(two.segments)
-    for a, b in zip(one.segments, two.segments):
-        assert (a.ids == b.ids).all() and (a.positions == b.positions).all()
-        assert (a.modality, a.role, a.attends, a.weight) == (b.modality, b.role, b.attends, b.weight)
-        assert (a.latents is None) == (b.latents is None)
-        if a.latents is not None and b.latents is not None:
-            assert a.latents.dtype == b.latents.dtype and (a.latents == b.latents).all()
-
-
 def plain(key: str) -> Document:
     return NONE.document(key, [words(4)])
 
@@ -108,13 +98,13 @@ def test_blocks_carry_latents_between_processes_and_join() -> None:
     back = TokenBlock.from_bytes(whole.to_bytes(), "test")
     joined = join_blocks([block(plain("a")), back, block(document(2))], "test")
     for place, each in enumerate([plain("a"), *documents, document(2)]):
-        same(joined.document(place), each)
+        assert same(joined.document(place), each)
     assert "latents" not in block(plain("a")).tensors()
     wide = NONE.document("w", [NONE.latents_segment(np.zeros((1, 1, 1, Z + 1), np.float32))])
     for mixed in (join_blocks([back, block(wide)], "test"), block(*documents, wide)):
-        same(mixed.document(1), plain("p"))
-        same(mixed.document(2), document(1))
-        same(mixed.document(3), wide)
+        assert same(mixed.document(1), plain("p"))
+        assert same(mixed.document(2), document(1))
+        assert same(mixed.document(3), wide)
 
 
 def test_one_changed_latent_is_found() -> None:
@@ -122,7 +112,7 @@ def test_one_changed_latent_is_found() -> None:
     tensors["latents"] = tensors["latents"].copy()
     tensors["latents"][-1] += 1e-3
     changed = TokenBlock.of(tensors, "test")
-    same(changed.document(0), document(0))
+    assert same(changed.document(0), document(0))
     with pytest.raises(DataError, match="damaged token cache"):
         changed.document(1)
     for bad in ({"latents": tensors["latents"][:-1]}, {"latent_offsets": tensors["latent_offsets"][:-1]}):

@@ -134,10 +134,14 @@ def texts(
 
 
 def same(ours: Document, other: Document) -> bool:
-    """Whether two documents are equal, bit for bit."""
+    """Whether two documents are equal, bit for bit, latents and all."""
     return ours.key == other.key and len(ours.segments) == len(other.segments) and all(
         (a.modality, a.role, a.attends, a.weight) == (b.modality, b.role, b.attends, b.weight)
         and a.ids.dtype == b.ids.dtype == np.int32 == a.positions.dtype == b.positions.dtype
         and np.array_equal(a.ids, b.ids) and np.array_equal(a.positions, b.positions)
+        and (a.latents is None) == (b.latents is None)
+        and (a.latents is None or b.latents is None or (
+            a.latents.dtype == b.latents.dtype and np.array_equal(a.latents, b.latents)
+        ))
         for a, b in zip(ours.segments, other.segments)
     )  # fmt: skip

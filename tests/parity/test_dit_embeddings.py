@@ -19,7 +19,6 @@ from ringweave.parallel.ring_layout import RingLayout
 from ringweave.parallel.spawn import run_ranks
 from ringweave.pretrain import verify, verify_dit
 from ringweave.pretrain.dit_batch import DiTBatch, collate_diffusion
-from ringweave.pretrain.engine import TorchEngine, world_loss
 from ringweave.pretrain.parallelize import build_model
 from ringweave.pretrain.synthetic import SyntheticLatents
 
@@ -52,22 +51,14 @@ def test_packs_equal_their_documents_alone() -> None:
         and sum(len(p.embeddings) for p in packs[1:] if p.embeddings is not None) > 100
     )
     loss, grads, _ = verify_dit.reference(packs, "fp64", shape=SHAPE, settings=SETTINGS)
-    model = build_model(SHAPE, None, seed=1, precision="fp64")
-    engine = TorchEngine(model, None, micro_batch=1, precision="fp64", modality_weights=WEIGHTS)
     alone = [
         materialise(PackPlan(0, len(piece), (piece,)), data.document)
         for p in packs
         for piece in p.plan.pieces
     ]
-    batches = [collate_diffusion([one], SETTINGS, channels=CHANNELS) for one in alone]
-    counts = sum((b.counts for b in batches), np.zeros_like(batches[0].counts))
-    sums = torch.zeros(len(counts), dtype=torch.float64)
-    for batch in batches:
-        batch.counts = counts
-        sums += engine.forward_backward(batch)[0]
-    other = world_loss(sums, counts, WEIGHTS, normalize="modality")
+    other, separate = verify_dit.one_by_one(alone, "fp64", shape=SHAPE, settings=SETTINGS)
     assert abs(loss - other) <= 1e-10 * abs(loss)
-    assert verify._worst(verify._gradients(model), grads) <= 1e-10
+    assert verify._worst(separate, grads) <= 1e-10
     assert float(grads["txt_in.weight"].norm()) > 0 and float(grads["txt_norm.weight"].norm()) > 0
 
 
