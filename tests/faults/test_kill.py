@@ -19,11 +19,28 @@ from ringweave.pretrain.run_folder import read_events
 from ringweave.tokenizers.manifest import VocabularyManifest
 
 
-def _start(config: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ringweave.launch.cli", "train", config],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
+def _start(config: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ringweave.launch.cli", "train", config],
+            start_new_session=True,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _finish(process: subprocess.Popen[bytes], run: Path, log: Path, seconds: float = 300.0) -> None:
+    """Wait for the end of a run, with code 0. One that does not end is stopped, and says how far it came."""
+    try:
+        code: int | None = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+        _kill_tree(process)
+    steps = _steps(run)
+    text = log.read_text(errors="replace")[-3000:]
+    ended = f"did not end in {seconds:.0f} s" if code is None else f"ended with code {code}"
+    assert code == 0, (
+        f"the run {ended}; {len(steps)} steps, the last {max(steps, default=0)}; it printed:\n{text}"
     )
 
 
@@ -41,7 +58,8 @@ def test_sigkill_loses_and_repeats_nothing(job) -> None:
     job.values["checkpoint"] = {"every": "40 steps"}
     path = job.config()
     config = load_config(path)
-    process = _start(path)
+    log = job.place / "printed.txt"
+    process = _start(path, log)
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None and max(_steps(job.run), default=0) < 42:
         time.sleep(0.02)
@@ -51,7 +69,7 @@ def test_sigkill_loses_and_repeats_nothing(job) -> None:
     killed_at = max(_steps(job.run))
     assert 42 <= killed_at < min(80, config.total_steps)
     assert not (job.run / "exit.json").exists()
-    assert _start(path).wait(timeout=180) == 0
+    _finish(_start(path, log), job.run, log)
     manifest = VocabularyManifest.load(Path(config.tokenizers.dir) / "tokenizers.json")
     corpus = open_corpus(config, manifest)
     proof = resume_proof(job.run, config, corpus, killed_at)
