@@ -21,7 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from ringweave.launch.worker import die_with_parent, exit_note, rank_log
+from ringweave.launch.worker import exit_note, rank_log
+from ringweave.parallel.parent import die_with_parent
 from ringweave.pretrain.run_folder import write_json
 from ringweave.tokenizers.errors import EXIT_RESUMABLE
 
@@ -108,9 +109,7 @@ def _environment(env: Mapping[str, str] | None, *, grace: float) -> dict[str, st
 
 def _tie_to_parent(launcher: int) -> None:
     """Runs in the child before torchrun: SIGTERM when the launcher dies, even if it died in between."""
-    die_with_parent(signal.SIGTERM)
-    if os.getppid() != launcher:
-        os._exit(1)
+    die_with_parent(signal.SIGTERM, launcher)
 
 
 def _new_attempt(log_dir: Path) -> Path:

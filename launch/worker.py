@@ -9,7 +9,6 @@ Rank 0 keeps the terminal. Other ranks write to `LOG_DIR/rank-R.log`. Every rank
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -19,13 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(number: int) -> None:
-    """Linux sends signal `number` to this process when the one that started it dies; elsewhere a no-op."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+from ringweave.parallel.parent import die_with_parent
 
 
 def rank_log(log_dir: Path, rank: int) -> Path:

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import queue
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from ringweave.parallel.parent import die_with_parent
 
 
 class WorkersFailed(RuntimeError):
@@ -52,8 +55,16 @@ class _Callable:
 
 
 def _worker(
-    rank: int, world: int, store: str, timeout: float, fn: _Callable, args: tuple[Any, ...], out: Any
+    rank: int,
+    world: int,
+    store: str,
+    timeout: float,
+    fn: _Callable,
+    args: tuple[Any, ...],
+    out: Any,
+    parent: int,
 ) -> None:
+    die_with_parent(signal.SIGKILL, parent)  # else ranks of a killed command compute on, for minutes
     faulthandler.enable()  # a rank killed by a signal of its own says where
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -86,7 +97,9 @@ def run_ranks(
         store = str(Path(place) / "store")
         workers = [
             context.Process(
-                target=_worker, args=(r, world, store, collective, _Callable(fn), args, out), daemon=True
+                target=_worker,
+                args=(r, world, store, collective, _Callable(fn), args, out, os.getpid()),
+                daemon=True,
             )
             for r in range(world)
         ]
@@ -101,11 +114,17 @@ def run_ranks(
                     w.kill()
 
 
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "did not finish"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
 def _collect(workers: list[Any], out: Any, deadline: float) -> list[Any]:
     world = len(workers)
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
-    while len(results) + len(failures) < world:
+    while len(results.keys() | failures.keys()) < world:  # a rank can fail after it gave its result
         try:
             rank, fine, value = out.get(timeout=0.5)
             (results if fine else failures)[rank] = value
@@ -116,8 +135,7 @@ def _collect(workers: list[Any], out: Any, deadline: float) -> list[Any]:
                 continue
             for r in range(world):
                 if r not in results and r not in failures:
-                    code = workers[r].exitcode
-                    failures[r] = f"exited with {code}" if code is not None else "did not finish"
+                    failures[r] = _ending(workers[r].exitcode)
             break
         if failures and time.monotonic() + 5 < deadline:
             deadline = time.monotonic() + 5  # the others are probably waiting for the failed one

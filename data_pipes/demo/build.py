@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -96,6 +98,18 @@ def render(job: Job) -> list[Record]:
     return _RENDER[job.source](job)
 
 
+def _end_with_parent() -> None:
+    """In a process of the pool: end when the one that started it is gone, killed too; a pool waits for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def _mapper(workers: int) -> Iterator[Callable[[list[Job]], Iterable[list[Record]]]]:
     """Ordered map over jobs, in this process or in `workers` others.
@@ -106,7 +120,7 @@ def _mapper(workers: int) -> Iterator[Callable[[list[Job]], Iterable[list[Record
         yield lambda jobs: map(render, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         yield lambda jobs: pool.map(render, jobs, chunksize=1 if len(jobs) < 50 else 8)
 
 

@@ -1,0 +1,53 @@
+"""Ranks on this machine: their results, their failures by name, and their end with the command that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from ringweave.parallel.spawn import WorkersFailed, run_ranks
+
+
+def fall(rank: int) -> int:
+    """This rank's number, but rank `rank` is killed by a signal of its own."""
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return dist.get_rank()
+
+
+def hold(place: str) -> None:
+    """Says which process this is, and stays."""
+    (Path(place) / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_of_a_signal_is_named_and_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(WorkersFailed, match="rank 1 of 2:\nkilled by SIGSEGV"):
+        run_ranks(2, fall, 1, timeout=100)
+    printed = capfd.readouterr().err
+    assert "Segmentation fault" in printed and "in fall" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux ends a process with its parent")
+def test_ranks_do_not_outlive_the_command_that_started_them(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_spawn as t; "
+    code += f"t.run_ranks(2, t.hold, {str(tmp_path)!r}, timeout=600)"
+    command = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 120
+    while len(found := list(tmp_path.iterdir())) < 2:
+        assert command.poll() is None and time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    ranks = [psutil.Process(int(path.name)) for path in found]
+    command.kill()
+    command.wait()
+    assert not psutil.wait_procs(ranks, timeout=20)[1], "ranks outlived their command"
