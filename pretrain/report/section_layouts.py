@@ -46,8 +46,26 @@ def layouts_section(inputs: Inputs) -> tuple[str, str]:
 
 
 def _law_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    keys = list(dict.fromkeys(k for r in rows for k in r if k not in ("law", "layout", "holds")))
-    names = {"max_rel_loss_diff": "Loss difference", "max_rel_grad_diff": "Gradient difference"}
+    """One law: a table for each set of figures that its rows have, for empty columns squeeze the others."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(k for k in row if k not in _NAMING), []).append(row)
+    first = "Layout" if title == LAWS[2] else "Check"
+    return f'<h3 class="sub">{text(title)}</h3>' + "".join(
+        _rows(first, k, group) for k, group in alike.items()
+    )
+
+
+#: What a row is called and how it ended: no figures. A layout's name has its model.
+_NAMING = ("law", "layout", "model", "holds")
+
+
+def _rows(first: str, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    names = {
+        "max_rel_loss_diff": "Loss difference",
+        "max_rel_grad_diff": "Gradient difference",
+        "rel_norm_diff": "Norm difference",
+    }
     cells = [
         (
             text(layout_name(r.get("layout")) or "–"),
@@ -56,12 +74,8 @@ def _law_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for r in rows
     ]
-    head = (
-        "Layout" if title == LAWS[2] else "Check",
-        *(names.get(k, k.replace("_", " ")) for k in keys),
-        "",
-    )
-    return f'<h3 class="sub">{text(title)}</h3>' + table(head, cells, left=(0, len(head) - 1))
+    head = (first, *(names.get(k, k.replace("_", " ")) for k in keys), "")
+    return table(head, cells, left=(0, len(head) - 1))
 
 
 def _measured(value: Any) -> str:

@@ -320,3 +320,23 @@ def test_the_run_of_a_dit_shows_its_last_evaluation(tmp_path: Path) -> None:
         "video Noise level Held out Untrained Left 0.5 0.600 1.200 50 %"
         in _Page(write_report(tmp_path).read_text()).said
     )
+
+
+def test_checks_of_one_law_stand_in_tables_without_empty_columns(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "demo"))
+    told: dict[str, Any] = json.loads((run / "verify.json").read_text())
+    told["rows"] = [
+        {"law": 1, "layout": "packed", "max_rel_loss_diff": 1e-9, "max_rel_grad_diff": 0.0, "holds": True},
+        {"law": 1, "layout": "one changed", "others_changed": 0, "seen": 44, "holds": True},
+        {"law": 2, "layout": "dp2", "max_rel_loss_diff": 1e-9, "rel_norm_diff": 0.0, "holds": True},
+        {"law": 2, "layout": "dit dp2", "model": "dit", "max_rel_loss_diff": 1e-9, "rel_norm_diff": 0.0, "holds": True},
+    ]  # fmt: skip
+    (run / "verify.json").write_text(json.dumps(told))
+    html = write_report(run).read_text()
+    tables = re.findall(r"<table.*?</table>", html[html.index("Any layout = one process") :], re.S)[:3]
+    rows = [[re.sub(r"<[^>]*>", "", r).strip() for r in re.findall(r"<tr>.*?</tr>", t, re.S)] for t in tables]
+    assert rows == [
+        ["LayoutLoss differenceNorm difference", "dp21e-90 holds", "dit dp21e-90 holds"],
+        ["CheckLoss differenceGradient difference", "packed1e-90 holds"],
+        ["Checkothers changedseen", "one changed044 holds"],
+    ]
