@@ -205,7 +205,9 @@ def test_a_collective_that_never_returns_is_ended_from_outside(tmp_path: Path) -
     assert took < 2 * LIMIT
     _named(said, record, 1)
     assert record["phase"] == "data"
-    assert "all_reduce" in (job.run / "ranks" / "stack-0.txt").read_text()
+    assert "all_reduce" in record["ranks"][0]["doing"]
+    stack = (job.run / "ranks" / "stack-0.txt").read_text()
+    assert "all_reduce" in stack or "in lost" in stack, "in its wait, or just out of it by the other's end"
 
 
 @pytest.mark.slow
