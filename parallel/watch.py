@@ -10,11 +10,14 @@ trainer.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import sysconfig
+import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
@@ -93,9 +96,31 @@ class behind:
 _thread: int | None = None
 
 
+_walking = threading.Lock()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection while another thread's frames are made into objects.
+
+    `f_back` allocates, which in CPython 3.11 may collect; a finalizer that lets go of the GIL (a tensor's does) lets
+    the other thread leave the very frame, and the object is then written into memory that is no frame any more: the
+    walk, or anything else later, dies of SIGSEGV. CPython 3.12 collects between instructions only.
+    """
+    with _walking:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+
+
 def frame(main: int | None) -> FrameType | None:
     """The innermost frame of the thread that tells where this rank is: thread `main`, or the one it waits for."""
-    frames = sys._current_frames()
+    with _uncollected():
+        frames = sys._current_frames()
     return frames.get(_thread or 0) or frames.get(main or 0)
 
 
@@ -133,7 +158,8 @@ def look(frames: Iterable[tuple[FrameType, int]]) -> tuple[bool, str]:
 
 def stack(frame: FrameType | None) -> list[tuple[FrameType, int]]:
     """What `frame` runs, innermost first."""
-    return list(traceback.walk_stack(frame)) if frame is not None else []
+    with _uncollected():
+        return list(traceback.walk_stack(frame)) if frame is not None else []
 
 
 def raised_at(trace: TracebackType | None) -> list[tuple[FrameType, int]]:
