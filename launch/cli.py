@@ -6,6 +6,7 @@ Exit codes are those of docs/errors.md.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from ringweave.launch import (
     commands_vocabulary,
 )
 from ringweave.launch.console import Session, print_json, report_crash, report_error
+from ringweave.parallel.process import leave
 from ringweave.tokenizers.errors import EXIT_CONFIG, UserError
 
 
@@ -114,11 +116,9 @@ def _usage(error: Any, *, as_json: bool) -> int:
 def main() -> None:
     """Entry point of the console script and of `python -m ringweave.launch.cli`."""
     code = run(sys.argv[1:])
-    if "RANK" in os.environ:  # a rank of a job, started by torchrun or srun
-        from ringweave.launch.worker import leave
-
-        leave(code)
-    sys.exit(code)
+    if "RANK" not in os.environ:  # else a rank of a job, started by torchrun or srun: its peers may be gone
+        atexit._run_exitfuncs()
+    leave(code)
 
 
 if __name__ == "__main__":

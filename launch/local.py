@@ -22,7 +22,7 @@ from types import FrameType
 from typing import IO, Any
 
 from ringweave.launch.worker import exit_note, rank_log
-from ringweave.parallel.parent import die_with_parent
+from ringweave.parallel.process import die_with_parent
 from ringweave.pretrain.run_folder import write_json
 from ringweave.tokenizers.errors import EXIT_RESUMABLE
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from ringweave.parallel.parent import die_with_parent
+from ringweave.parallel.process import die_with_parent, leave
 
 
 def rank_log(log_dir: Path, rank: int) -> Path:
@@ -57,17 +57,6 @@ def main(argv: list[str]) -> int:
         with contextlib.suppress(OSError):
             exit_note(log_dir, rank).write_text(json.dumps(note), encoding="utf-8")
     return code
-
-
-def leave(code: int) -> None:
-    """End a rank's process at once, with what it printed written out.
-
-    Tearing the interpreter down can abort in the threads of process groups ("terminate called without an active
-    exception"), after all work is done and saved; a finished run must not look like a crash.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ringweave.parallel.parent import die_with_parent
+from ringweave.parallel.process import die_with_parent, leave
 
 
 class WorkersFailed(RuntimeError):
@@ -68,6 +68,7 @@ def _worker(
     faulthandler.enable()  # a rank killed by a signal of its own says where
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    code = 0
     try:
         dist.init_process_group(
             "gloo",
@@ -81,7 +82,10 @@ def _worker(
         dist.destroy_process_group()
     except BaseException:
         out.put((rank, False, traceback.format_exc()))
-        raise SystemExit(1) from None
+        code = 1
+    out.close()
+    out.join_thread()  # what was put is on its way
+    leave(code)
 
 
 def run_ranks(

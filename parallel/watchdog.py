@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -80,6 +80,8 @@ class Watchdog:
         self._beat = 0
         self._failed: Mark | None = None  # frozen when the main thread's wait has failed
         self._age, self._key = 0.0, (0, "")
+        self._heard = self._left = 0.0  # seconds since an alarm, and since the main thread began to leave
+        self._mishaps: set[str] = set()
         self._stopped = threading.Event()
         self._wake = [threading.Event() for _ in self.boards]
         self._main = threading.main_thread().ident
@@ -163,7 +165,7 @@ class Watchdog:
         """The thread of one board. It may hang on a dead mount; nothing else waits for it."""
         every = max(self.interval, self.world / 100)
         while not self._stopped.is_set():
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
+            with self._going_on(), contextlib.suppress(OSError, RuntimeError, ValueError):
                 self._beat += 1
                 board.publish(self.rank, self.mark().to_json())
                 text = board.alarm()
@@ -260,24 +262,40 @@ class Watchdog:
 
     def _watch(self) -> None:
         tick = min(self.interval, 0.5)
-        before = heard = left = 0.0
+        before = time.monotonic()
         while not self._stopped.wait(tick):
             now = time.monotonic()
-            passed, before = min(now - (before or now), 3 * tick), now
-            if self._leaving:  # the main thread is on its way out; it must not take forever
-                left += passed
-                if left > self.patience + 10:
-                    os._exit(self._alarm.exit_code if self._alarm else EXIT_HANG)
-                continue
-            if self._alarm is not None:
-                heard += passed
-                if heard > LEAVE:
-                    self._leave(self._alarm, self._mine)
-                continue
+            passed, before = min(now - before, 3 * tick), now
+            with self._going_on():
+                self._look(passed)
+
+    def _look(self, passed: float) -> None:
+        """One look at this rank, `passed` seconds after the last; ends the process when that is due."""
+        if self._leaving:  # the main thread is on its way out; it must not take forever
+            self._left += passed
+            if self._left > self.patience + 10:
+                os._exit(self._alarm.exit_code if self._alarm else EXIT_HANG)
+        elif self._alarm is not None:
+            self._heard += passed
+            if self._heard > LEAVE:
+                self._leave(self._alarm, self._mine)
+        else:
             limit = self._aged(passed)
             self._curious = limit is not None and self._age > limit / 3
             if limit is not None and self._age > limit:
                 self._leave(*self._conclude(self.mark(), self._age))
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A fault of the watch itself is said once and does not end its thread: a rank without one hangs unnamed."""
+        try:
+            yield
+        except Exception as error:
+            kind = f"{type(error).__name__}: {error}"
+            if kind not in self._mishaps:
+                self._mishaps.add(kind)
+                said = f"warning (rank {self.rank}): the watch met a fault, and goes on\n{traceback.format_exc()}"
+                os.write(2, said.encode())  # `print` may wait for a lock of the very thread that is stuck
 
     def _aged(self, passed: float) -> float | None:
         """Add `passed` to the time without any change, or begin anew; gives the limit of the present state."""
@@ -294,7 +312,7 @@ class Watchdog:
         """End this process, whatever its main thread is stuck in."""
         _bounded(self._write_stack, 2.0)
         _bounded(lambda: self.end(alarm, mine), 3.0)
-        self.end_culprit(alarm)
+        _bounded(lambda: self.end_culprit(alarm), 3.0)
         os._exit(alarm.exit_code)
 
     def _write_stack(self, error: BaseException | None = None) -> None:

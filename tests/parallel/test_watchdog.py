@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
+from ringweave.parallel import watch
 from ringweave.parallel.watch_board import FolderBoard
 from ringweave.parallel.watch_verdict import Alarm
 from ringweave.parallel.watchdog import Watchdog
@@ -23,11 +25,12 @@ class Quick(FolderBoard):
     dog: Watchdog
 
 
-def _dog(place: Path, rank: int) -> Watchdog:
+def _dog(place: Path, rank: int, **settings: float) -> Watchdog:
     board = Quick(place, world=2, token="a" * 16)
     dog = Watchdog(
-        rank=rank, world=2, token="a" * 16, boards=[board], timeout=60.0, end=lambda alarm, mine: None
-    )
+        rank=rank, world=2, token="a" * 16, boards=[board], end=lambda alarm, mine: None,
+        **{"timeout": 60.0, **settings},
+    )  # fmt: skip
     board.dog = dog
     return dog
 
@@ -41,3 +44,32 @@ def test_a_rank_knows_its_own_alarm_though_its_board_heard_it_first(tmp_path: Pa
     assert mine and alarm.rank == 1
     late, mine = second.failed(caught.value, message="another", exit_code=1)
     assert not mine and late.rank == 1 and late.error == "KeyError: 'lost'"
+
+
+def test_a_fault_of_the_watch_itself_is_said_and_ends_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both threads go on after an exception that nobody foresaw: this rank's mark is published, its hang is found."""
+    left = iter(range(4))  # looks that fail, of either thread
+
+    def look(frames: object) -> tuple[bool, str]:
+        if next(left, None) is not None:
+            raise AttributeError("no frame")
+        return True, "recv"
+
+    monkeypatch.setattr(watch, "look", look)
+    dog, found, done = _dog(tmp_path, 1, timeout=0.3, grace=0.0, interval=0.05), [], threading.Event()
+
+    def leave(alarm: Alarm, mine: bool) -> None:
+        found.append(alarm)
+        dog._stopped.set()
+        done.set()
+
+    monkeypatch.setattr(dog, "_leave", leave)
+    dog.start()
+    assert done.wait(30), "the hang was not found"
+    assert found[0].rank == 0 and found[0].kind == "gone" and found[0].found_by == 1
+    assert '"rank": 1' in dog.boards[0].marks()[1]
+    assert next(left, None) is None
+    said = capfd.readouterr().err
+    assert said.count("warning (rank 1): the watch met a fault, and goes on") == 1 and "no frame" in said

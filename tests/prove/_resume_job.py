@@ -27,6 +27,7 @@ from _resume_data import COUNT, STAGES, SWITCH, new_planner, open_corpus
 from ringweave.data_pipes.pack import Pack, packs_for_rank
 from ringweave.data_pipes.quarantine import Quarantine
 from ringweave.data_pipes.stream import PackStream
+from ringweave.parallel.process import leave
 from ringweave.pretrain.batch_reader import BatchReader, ReadyBatch
 from ringweave.pretrain.data_exchange import data_groups
 from ringweave.pretrain.prefetch import Prefetcher, Stopped
@@ -79,6 +80,7 @@ def run_rank(rank: int, job: Job) -> None:
         _train(rank, job)
         dist.barrier()
         dist.destroy_process_group()
+    leave(0)
 
 
 def _train(rank: int, job: Job) -> None:

@@ -319,8 +319,8 @@ def _training() -> RgbaTraining:
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
-    assert np.allclose(losses_of_two_ranks(_training, tmp_path), losses_of(_training()), rtol=1e-4)
+def test_two_ranks_learn_what_one_learns() -> None:
+    assert np.allclose(losses_of_two_ranks(_training), losses_of(_training()), rtol=1e-4)
 
 
 def test_a_set_takes_it_in_the_place_of_the_closed_form(folder: Path, tmp_path: Path) -> None:

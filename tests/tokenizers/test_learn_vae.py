@@ -157,8 +157,8 @@ def test_stopped_and_gone_on_equals_never_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
-    assert np.allclose(losses_of_two_ranks(training, tmp_path), losses_of(training()), rtol=1e-4)
+def test_two_ranks_learn_what_one_learns() -> None:
+    assert np.allclose(losses_of_two_ranks(training), losses_of(training()), rtol=1e-4)
 
 
 def test_crops_are_of_layers_and_of_opaque_pictures() -> None:

@@ -230,8 +230,8 @@ def _training() -> Training:
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
-    assert np.allclose(losses_of_two_ranks(_training, tmp_path), losses_of(_training()), rtol=1e-4)
+def test_two_ranks_learn_what_one_learns() -> None:
+    assert np.allclose(losses_of_two_ranks(_training), losses_of(_training()), rtol=1e-4)
 
 
 def test_threads_that_are_free_change_no_weight(tmp_path: Path) -> None:
