@@ -295,7 +295,8 @@ class Watchdog:
             if kind not in self._mishaps:
                 self._mishaps.add(kind)
                 said = f"warning (rank {self.rank}): the watch met a fault, and goes on\n{traceback.format_exc()}"
-                os.write(2, said.encode())  # `print` may wait for a lock of the very thread that is stuck
+                with contextlib.suppress(OSError):
+                    os.write(2, said.encode())  # `print` may wait for a lock of the very thread that is stuck
 
     def _aged(self, passed: float) -> float | None:
         """Add `passed` to the time without any change, or begin anew; gives the limit of the present state."""
