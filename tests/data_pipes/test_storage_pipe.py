@@ -89,6 +89,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", ["itself", "its child", "after closing"])
 def test_a_silent_command_is_killed_with_what_it_started(
     cache: ByteCache, tmp_path: Path, silent: str

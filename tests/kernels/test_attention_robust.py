@@ -219,6 +219,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_attention_needs_no_triton() -> None:
     printed = run_python(
         "import sys; sys.modules['triton'] = None\n"

@@ -44,6 +44,7 @@ print(*codes, file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux lets a thread wait for an idle processor"
 )

@@ -79,6 +79,7 @@ def _largest(ours, want) -> float:
     return max(float((a.double() - b).abs().max()) for a, b in zip(ours, want, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ring", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("kind", ["planned", "per_document", "zigzag", "contiguous", "chunks"])
 def test_A5_transformer_engine_2186_short_documents_and_padding_halves(ring: int, kind: str) -> None:

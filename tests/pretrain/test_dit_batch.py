@@ -212,6 +212,7 @@ def test_validation_at_fixed_levels_by_hand() -> None:
     assert found == _validation(model)
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_kept_and_exported(tmp_path: Path) -> None:
     """Three steps of a run with `ema`: the average is that of the parameters after each, and load_run prefers it."""
     from ringweave.pretrain.export import load_run

@@ -348,6 +348,7 @@ def shards_of(folder: Path, stem: str, count: int, *, seed: int) -> None:
         writer.close()
 
 
+@pytest.mark.slow
 def test_a_run_from_records_trains_evaluates_samples_and_exports(tmp_path: Path) -> None:
     """Shards with embeddings through `train`, `eval`, `sample` (true guidance) and `export`; a prompt is refused."""
     TokenizerSet({"latents": vae_codec()}).save(tmp_path / "tokens")

@@ -187,6 +187,7 @@ def test_settings_that_make_no_sense(sets: list[str], said: str) -> None:
         load_config(DEMO, sets)
 
 
+@pytest.mark.slow
 def test_plan_prints_the_table(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--set", "model.width=32", "--vocab", "512", "--recompute", "--memory", "7MiB", "--json"]
     assert command(["plan", str(base), *options]) == 0

@@ -246,6 +246,7 @@ def test_the_network_that_learns_is_the_one_that_runs() -> None:
     assert (np.abs(ours[1] - wanted[1]) * firm)[mixed].max() < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [3, 6, 7])
 def test_stopped_and_gone_on_equals_never_stopped(cut: int, tmp_path: Path) -> None:
     one = start()
@@ -265,6 +266,7 @@ def test_stopped_and_gone_on_equals_never_stopped(cut: int, tmp_path: Path) -> N
     assert (found["books_colour"] != one.tensors["books_colour"]).any()
 
 
+@pytest.mark.slow
 def test_the_last_phase_keeps_the_codes() -> None:
     one = start()
     training = RgbaTraining(one.config, one.tensors, one.crops, SHORT)
@@ -277,6 +279,7 @@ def test_the_last_phase_keeps_the_codes() -> None:
     assert (joint.decode(joint.encode(unseen)) != done.decode(done.encode(unseen))).any()
 
 
+@pytest.mark.slow
 def test_lost_codes_of_every_book_move_and_others_do_not() -> None:
     """As if no code had been used for long, just before step 49 looks after them."""
     one = start()

@@ -111,6 +111,7 @@ def test_cells_have_the_size_asked_for() -> None:
             vae_config(base=4, channels=2, patch=bad)
 
 
+@pytest.mark.slow
 def test_it_learns() -> None:
     """Held-out layers: far better than before, and than one grey for all of them."""
     schedule = VaeSchedule(steps=60, batch=8, crop=24, rate=4e-3, seed=1)

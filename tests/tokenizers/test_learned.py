@@ -187,6 +187,7 @@ def test_training_lowers_the_held_out_error_and_never_touches_the_codes_of_its_l
 SHORT = Schedule(steps=9, batch=4, seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image", "score", "audio"])
 @pytest.mark.parametrize("cut", [3, 6, 7])
 def test_stopped_and_gone_on_equals_never_stopped(name: str, cut: int, tmp_path: Path) -> None:
@@ -287,6 +288,7 @@ def test_a_set_takes_learned_codecs_in_place_of_closed_ones(tmp_path: Path) -> N
         TokenizerSet.load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every_s", "from_step"), [(0.0, 20), (1e9, 0)])
 def test_a_stopped_command_goes_on_and_ends_in_the_same_files(
     tmp_path: Path, every_s: float, from_step: int
