@@ -18,7 +18,7 @@ TORCH_RANGE = ((2, 11), (2, 14))
 
 # Run in its own process: a broken torch or a hanging collective must not take the doctor with it.
 _PROBE = """
-import json, os, sys, torch, torch.distributed as dist
+import json, sys, torch, torch.distributed as dist
 out = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "gpus": []}
 if out["cuda"]:
     out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -29,8 +29,9 @@ out["gloo"] = bool((x == 1).all())
 dist.destroy_process_group()
 import tokenizers
 out["hf_tokenizers"] = hasattr(tokenizers, "Tokenizer")
-print(json.dumps(out), flush=True)
-os._exit(0)  # see parallel/process.py
+print(json.dumps(out))
+from ringweave.parallel.process import leave
+leave(0)
 """
 
 

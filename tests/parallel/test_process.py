@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import subprocess
 import sys
 
 import pytest
 
+from ringweave.parallel.spawn import run_ranks
+
 #: A group of one that something holds when it is destroyed, and gloo's threads on a processor that is busy: they let
 #: go of the last tensors when the interpreter is being torn down. Ended by `sys.exit`, 27 of 40 such processes aborted
 #: ("terminate called without an active exception"; torch 2.14, Python 3.11).
+LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux lets a thread wait for an idle processor"
+)
 ENDS = """
 import atexit, os, sys
 import torch, torch.distributed as dist
@@ -45,11 +52,30 @@ print(*codes, file=sys.stderr)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux lets a thread wait for an idle processor"
-)
+@LINUX
 @pytest.mark.parametrize(("how", "printed"), [("leave", "worked "), ("command", "worked hooked ")])
 def test_a_group_that_is_held_aborts_no_process_that_ends(how: str, printed: str) -> None:
     done = subprocess.run([sys.executable, "-c", ENDS, how], capture_output=True, text=True, timeout=200)
     assert done.stderr.split() == ["3"] * 20, done.stderr
     assert done.stdout == printed * 20
+
+
+def hook() -> None:
+    """A rank that says so if its interpreter is torn down."""
+    atexit.register(os.write, 2, b"torn down")
+
+
+@pytest.mark.slow
+def test_ranks_leave_without_a_teardown(capfd: pytest.CaptureFixture[str]) -> None:
+    run_ranks(2, hook, timeout=100)
+    assert "torn down" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+@pytest.mark.parametrize(("code", "ends"), [(0, 120), (3, 3)])
+def test_what_cannot_be_written_out_is_no_success(code: int, ends: int) -> None:
+    said = f"from ringweave.parallel.process import leave; print('done'); leave({code})"
+    with open("/dev/full", "w") as full:
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run([sys.executable, "-c", said], stdout=full, env=buffered, timeout=60)
+    assert done.returncode == ends

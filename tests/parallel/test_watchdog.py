@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringweave.parallel import watch
+from ringweave.parallel import watch, watchdog
 from ringweave.parallel.watch_board import FolderBoard
 from ringweave.parallel.watch_verdict import Alarm
 from ringweave.parallel.watchdog import Watchdog
@@ -73,3 +73,22 @@ def test_a_fault_of_the_watch_itself_is_said_and_ends_no_watch(
     assert next(left, None) is None
     said = capfd.readouterr().err
     assert said.count("warning (rank 1): the watch met a fault, and goes on") == 1 and "no frame" in said
+
+
+def test_a_culprit_that_cannot_be_ended_keeps_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own end comes last, whatever goes wrong before."""
+    dog, codes = _dog(tmp_path, 0), []
+    with pytest.raises(KeyError) as caught:
+        raise KeyError("lost")
+    alarm, mine = dog.failed(caught.value, message="KeyError: 'lost'", exit_code=4)
+
+    def fail(*_: object) -> None:
+        raise AttributeError("no such process")
+
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    for name in ("_write_stack", "end", "end_culprit"):
+        monkeypatch.setattr(dog, name, fail)
+    dog._leave(alarm, mine)
+    assert codes == [4]
