@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ringweave.parallel.process import die_with_parent, leave
+from ringweave.parallel.watchdog import is_lost_peer
+
+#: Seconds for the other ranks to end after one has failed.
+GRACE = 5.0
 
 
 class WorkersFailed(RuntimeError):
-    """One or more ranks failed or did not finish; the message holds each one's traceback."""
+    """One or more ranks failed or did not finish. The message names the rank nearest the cause first, with its
+    traceback."""
 
 
 class _Callable:
@@ -52,6 +58,23 @@ class _Callable:
                 spec.loader.exec_module(module)
         fn: Callable[..., Any] = getattr(sys.modules[self.module], self.name)
         return fn
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """text: the traceback, or how the process ended; order: of what to look at first (smaller is nearer the cause);
+    short: what is worth saying of it when another rank is nearer."""
+
+    text: str
+    order: int
+    short: str
+
+
+def _failure(error: BaseException) -> _Failure:
+    """An exception of a rank, as it is being handled. What a lost peer brings about is no cause."""
+    lost = isinstance(error, Exception) and is_lost_peer(error)
+    text = traceback.format_exc().rstrip()
+    return _Failure(text, order=2 if lost else 1, short=text.splitlines()[-1] if lost else text)
 
 
 def _worker(
@@ -80,8 +103,8 @@ def _worker(
         out.put((rank, True, fn.load()(*args)))
         dist.barrier()
         dist.destroy_process_group()
-    except BaseException:
-        out.put((rank, False, traceback.format_exc()))
+    except BaseException as error:
+        out.put((rank, False, _failure(error)))
         code = 1
     out.close()
     out.join_thread()  # what was put is on its way
@@ -118,32 +141,42 @@ def run_ranks(
                     w.kill()
 
 
-def _ending(code: int | None) -> str:
+def _ending(code: int | None) -> _Failure:
     if code is None:
-        return "did not finish"
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        return _Failure("did not finish", 3, "did not finish")
+    text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+    return _Failure(text, 0, text)
 
 
 def _collect(workers: list[Any], out: Any, deadline: float) -> list[Any]:
     world = len(workers)
     results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
+    failures: dict[int, _Failure] = {}
     while len(results.keys() | failures.keys()) < world:  # a rank can fail after it gave its result
+        dead = {r: w.exitcode for r, w in enumerate(workers) if w.exitcode not in (None, 0)}
         try:
             rank, fine, value = out.get(timeout=0.5)
             (results if fine else failures)[rank] = value
-        except queue.Empty:
-            dead = [r for r, w in enumerate(workers) if w.exitcode not in (None, 0) and r not in failures]
-            late = time.monotonic() > deadline
-            if not (late or dead) or (dead and not late and out.qsize()):
-                continue
-            for r in range(world):
-                if r not in results and r not in failures:
+        except (
+            queue.Empty
+        ):  # so what ended before the wait has nothing to say: a rank that fails in Python has
+            failures |= {r: _ending(code) for r, code in dead.items() if r not in failures}
+            if time.monotonic() > deadline:
+                for r in set(range(world)) - results.keys() - failures.keys():
                     failures[r] = _ending(workers[r].exitcode)
-            break
-        if failures and time.monotonic() + 5 < deadline:
-            deadline = time.monotonic() + 5  # the others are probably waiting for the failed one
+                break
+        if failures and time.monotonic() + GRACE < deadline:
+            deadline = time.monotonic() + GRACE  # the others are probably waiting for the failed one
     if failures:
-        text = "\n".join(f"--- rank {r} of {world}:\n{failures[r]}" for r in sorted(failures))
-        raise WorkersFailed(f"{len(failures)} of {world} ranks failed\n{text}")
+        raise WorkersFailed(_say(failures, world))
     return [results[r] for r in range(world)]
+
+
+def _say(failures: dict[int, _Failure], world: int) -> str:
+    """Cause first, in the order in which failures came; of ranks that only lost a peer, one line each."""
+    rows = sorted(failures.items(), key=lambda item: item[1].order)
+    (first, cause), *others = rows
+    blocks = [f"--- rank {first} of {world}:\n{cause.text}"]
+    blocks += [f"--- rank {rank} of {world}:\n{failure.short}" for rank, failure in others]
+    last = cause.text.splitlines()[-1]
+    return "\n".join([f"{len(failures)} of {world} ranks failed, rank {first} first: {last}", *blocks])

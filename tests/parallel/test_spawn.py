@@ -29,12 +29,39 @@ def hold(place: str) -> None:
     time.sleep(600)
 
 
+def meet(rank: int, how: str) -> None:
+    """All ranks meet twice, but rank `rank` ends before the second time."""
+    dist.barrier()
+    if dist.get_rank() == rank:
+        if how == "error":
+            raise KeyError("no such thing")
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+
+
 @pytest.mark.slow
 def test_a_rank_that_dies_of_a_signal_is_named_and_says_where(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkersFailed, match="rank 1 of 2:\nkilled by SIGSEGV"):
         run_ranks(2, fall, 1, timeout=100)
     printed = capfd.readouterr().err
     assert "Segmentation fault" in printed and "in fall" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "said"), [("signal", "killed by SIGSEGV"), ("error", "KeyError: 'no such thing'")]
+)
+def test_the_rank_that_failed_first_is_said_first(how: str, said: str) -> None:
+    """Of a log that is cut, the first lines survive; the others only lost their peer."""
+    with pytest.raises(WorkersFailed) as caught:
+        run_ranks(3, meet, 2, how, timeout=100)
+    first, place, *rest = str(caught.value).splitlines()
+    assert first == f"3 of 3 ranks failed, rank 2 first: {said}"
+    assert place == "--- rank 2 of 3:"
+    others = rest[rest.index("--- rank 0 of 3:") :]
+    assert "--- rank 1 of 3:" in others and len(others) == 4, "one line of each that lost its peer"
+    if how == "error":
+        assert "in meet" in "\n".join(rest)
 
 
 @pytest.mark.slow
