@@ -24,7 +24,7 @@ from ringweave.launch import (
     commands_vocabulary,
 )
 from ringweave.launch.console import Session, print_json, report_crash, report_error
-from ringweave.parallel.process import leave
+from ringweave.parallel.process import leave, print_on
 from ringweave.tokenizers.errors import EXIT_CONFIG, UserError
 
 
@@ -115,6 +115,7 @@ def _usage(error: Any, *, as_json: bool) -> int:
 
 def main() -> None:
     """Entry point of the console script and of `python -m ringweave.launch.cli`."""
+    print_on()
     code = run(sys.argv[1:])
     if "RANK" not in os.environ:  # else a rank of a job, started by torchrun or srun: its peers may be gone
         atexit._run_exitfuncs()

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from ringweave.parallel.process import die_with_parent, leave
+from ringweave.parallel.process import die_with_parent, leave, print_on
 
 
 def rank_log(log_dir: Path, rank: int) -> Path:
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
     log_dir.mkdir(parents=True, exist_ok=True)
     if rank != 0:
         redirect_output(rank_log(log_dir, rank))
+    print_on(log=True)  # a full log, or a reader that went away, is no reason to lose a job
     faulthandler.enable()
     code = 1
     try:
