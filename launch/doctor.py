@@ -14,15 +14,17 @@ from typing import Any
 
 OLDEST_PYTHON = (3, 11)
 #: Versions of torch the code is held to; others may work.
-TORCH_RANGE = ((2, 11), (2, 14))
+TORCH_RANGE = ((2, 14), (2, 14))
 
 # Run in its own process: a broken torch or a hanging collective must not take the doctor with it.
 _PROBE = """
 import json, sys, torch, torch.distributed as dist
+from ringweave.parallel.gloo import join_world
+from ringweave.parallel.process import leave
 out = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "gpus": []}
 if out["cuda"]:
     out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+join_world(init_method="file://" + sys.argv[1], rank=0, world_size=1)
 x = torch.ones(4)
 dist.all_reduce(x)
 out["gloo"] = bool((x == 1).all())
@@ -30,7 +32,6 @@ dist.destroy_process_group()
 import tokenizers
 out["hf_tokenizers"] = hasattr(tokenizers, "Tokenizer")
 print(json.dumps(out))
-from ringweave.parallel.process import leave
 leave(0)
 """
 

@@ -65,7 +65,9 @@ def train_set(
     if world > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=WAIT)
+        from ringweave.parallel.gloo import join_world
+
+        join_world(timeout=WAIT)
     if rank:
         progress = _say_nothing
     fitted = fit_tokenizers(samples, out, sizes=sizes, progress=progress) if rank == 0 else {}

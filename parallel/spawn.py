@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ringweave.parallel.gloo import join_world
 from ringweave.parallel.process import die_with_parent, leave
 from ringweave.parallel.watchdog import is_lost_peer
 
@@ -93,8 +94,7 @@ def _worker(
     torch.set_num_threads(1)
     code = 0
     try:
-        dist.init_process_group(
-            "gloo",
+        join_world(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,

@@ -24,6 +24,7 @@ from ringweave.data_pipes.token_lengths import has_lengths
 from ringweave.data_pipes.token_vocabulary import naming_blocks
 from ringweave.data_pipes.worker_process import Setup
 from ringweave.data_pipes.workers import TokenWorkers
+from ringweave.parallel.gloo import join_world
 from ringweave.parallel.watchdog import is_lost_peer
 from ringweave.pretrain import checkpoint
 from ringweave.pretrain.config import RunConfig
@@ -126,13 +127,13 @@ def _join(config: RunConfig, rank: int, world: int) -> None:
     if world == 1 and "MASTER_ADDR" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
         store = dist.HashStore()
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        join_world(store=store, rank=0, world_size=1)
         return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=config.timeout.start)))
     _meet(store, rank, world, seconds=config.timeout.start)
     limit = timedelta(seconds=config.timeout.collective)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    join_world(store=store, rank=rank, world_size=world, timeout=limit)
 
 
 def _meet(store: dist.Store, rank: int, world: int, *, seconds: float) -> None:

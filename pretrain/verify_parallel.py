@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ringweave.data_pipes.pack import Pack
+from ringweave.parallel.gloo import join_world
 from ringweave.parallel.mesh import AXES
 from ringweave.parallel.spawn import run_ranks
 from ringweave.pretrain import verify
@@ -129,7 +130,7 @@ def run(
     started = time.monotonic()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            join_world()
         world = dist.get_world_size()
         rows = matrix(world, deepspeed=deepspeed)
         found = check_rows(rows, models=models)

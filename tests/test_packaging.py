@@ -181,6 +181,17 @@ def test_no_path_of_one_machine() -> None:
     assert checked > 20
 
 
+def test_worlds_are_joined_in_one_place() -> None:
+    """Only there gloo's groups get one worker thread; torch's two corrupt memory (parallel/gloo.py)."""
+    callers = {
+        str(path.relative_to(ROOT))
+        for folder in ARROWS
+        for path in (ROOT / folder).rglob("*.py")
+        if "init_process_group(" in path.read_text(encoding="utf-8")
+    }
+    assert callers == {"parallel/gloo.py"}
+
+
 def test_code_runs_no_shell_and_no_pickle() -> None:
     """`shell=True`, `eval`, `exec`, `os.system` and unsafe loaders occur nowhere in the package."""
     for folder in ARROWS:

@@ -27,6 +27,7 @@ from _resume_data import COUNT, STAGES, SWITCH, new_planner, open_corpus
 from ringweave.data_pipes.pack import Pack, packs_for_rank
 from ringweave.data_pipes.quarantine import Quarantine
 from ringweave.data_pipes.stream import PackStream
+from ringweave.parallel.gloo import join_world
 from ringweave.parallel.process import leave
 from ringweave.pretrain.batch_reader import BatchReader, ReadyBatch
 from ringweave.pretrain.data_exchange import data_groups
@@ -74,9 +75,7 @@ def run_rank(rank: int, job: Job) -> None:
         print(f"--- rank {rank} of {job.world}, process {os.getpid()}: {job}", flush=True)
         torch.set_num_threads(1)
         limit = timedelta(seconds=90)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{job.rendezvous}", rank=rank, world_size=job.world, timeout=limit
-        )
+        join_world(init_method=f"file://{job.rendezvous}", rank=rank, world_size=job.world, timeout=limit)
         _train(rank, job)
         dist.barrier()
         dist.destroy_process_group()
