@@ -115,9 +115,10 @@ def _usage(error: Any, *, as_json: bool) -> int:
 
 def main() -> None:
     """Entry point of the console script and of `python -m ringweave.launch.cli`."""
-    print_on()
+    rank = "RANK" in os.environ  # of a job, started by torchrun or srun
+    print_on(log=rank)
     code = run(sys.argv[1:])
-    if "RANK" not in os.environ:  # else a rank of a job, started by torchrun or srun: its peers may be gone
+    if not rank:  # else its peers may be gone
         atexit._run_exitfuncs()
     leave(code)
 

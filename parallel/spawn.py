@@ -157,9 +157,8 @@ def _collect(workers: list[Any], out: Any, deadline: float) -> list[Any]:
         try:
             rank, fine, value = out.get(timeout=0.5)
             (results if fine else failures)[rank] = value
-        except (
-            queue.Empty
-        ):  # so what ended before the wait has nothing to say: a rank that fails in Python has
+        except queue.Empty:
+            # What ended before this wait has nothing to say; a rank that fails in Python has.
             failures |= {r: _ending(code) for r, code in dead.items() if r not in failures}
             if time.monotonic() > deadline:
                 for r in set(range(world)) - results.keys() - failures.keys():
