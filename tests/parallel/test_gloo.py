@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -49,3 +51,12 @@ def test_every_group_has_one_worker(interface: str, monkeypatch: pytest.MonkeyPa
         assert groups >= 3 and threads == groups
         assert total == 9.0 and gathered == [0, 4, 8, 12]
         assert 55 in seconds and 77 in seconds, "timeouts are those that were asked for"
+
+
+@pytest.mark.slow
+def test_all_gathers_under_way_together_kill_no_rank(
+    load_script: Callable[[Path, str], ModuleType],
+) -> None:
+    """The trimmed form of tests/prove/gloo_workers.py; with two workers a rank dies after some ten seconds."""
+    ranks = load_script(Path(__file__).parents[1] / "prove" / "_gloo_race.py", "_gloo_race")
+    assert min(run_ranks(2, ranks.race, 5.0, 1, timeout=100)) >= 2000
