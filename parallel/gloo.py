@@ -4,8 +4,8 @@ Both of torch's threads write the name of the collective they finished into one 
 (`pgStatus_->lastCompletedWorkName` in ProcessGroupGloo::runLoop; seen in torch 2.14.1). Names of 16 and more
 characters lie on the heap, as that of the coalesced all-gather that functional collectives, and so DTensor, run on.
 Two threads that finish together then free the old name twice, and some time later the rank dies: "malloc():
-unaligned tcache chunk detected", or SIGSEGV in pt_gloo_runloop. tests/prove/gloo_workers.py shows it in seconds, and that
-groups with one worker, which has nobody to race with, live.
+unaligned tcache chunk detected", or SIGSEGV in pt_gloo_runloop. tests/prove/gloo_workers.py shows it in seconds, and
+that groups with one worker, which has nobody to race with, live.
 
 Collectives of one group then run one after another. Groups still run beside each other.
 """

@@ -1,9 +1,8 @@
-"""What runs on the ranks of gloo_workers.py: four all-gathers under way at a time, and small sums by the clock."""
+"""What runs on the ranks of gloo_workers.py: four all-gathers under way at a time."""
 
 from __future__ import annotations
 
 import time
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -29,16 +28,3 @@ def race(seconds: float, workers: int) -> int:
         late[0] = time.monotonic() - started > seconds
         dist.all_reduce(late, op=dist.ReduceOp.MAX)
     return count
-
-
-def sums(rounds: int, each: int) -> dict[int, float]:
-    """Milliseconds of a sum of 32 numbers by workers of its group: the median of rounds that take turns."""
-    groups, x = {workers: group_of(workers) for workers in (1, 2)}, torch.ones(32)
-    took: dict[int, list[float]] = {workers: [] for workers in groups}
-    for _ in range(rounds):
-        for workers, group in groups.items():
-            started = time.perf_counter()
-            for _ in range(each):
-                dist.all_reduce(x, group=group)
-            took[workers].append((time.perf_counter() - started) / each * 1000)
-    return {workers: median(times) for workers, times in took.items()}
